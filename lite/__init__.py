@@ -1,0 +1,20 @@
+"""lite: fine-tune large language models on people's preferences, on one consumer GPU.
+
+    run = lite.train(lite.Recipe(method="orpo", model="qwen-14b", load_in_4bit=True, data="pairs.jsonl"))
+
+Importing lite is quick and configures nothing; torch is imported by the first name that needs it.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = ["DataError", "ExportError", "LiteError", "ModelError", "Recipe", "RecipeError", "Run", "RunError", "train"]
+
+_HOME = {"Recipe": "lite.recipe", "train": "lite.train", "Run": "lite.train"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'lite' has no attribute {name!r}")
+    return getattr(import_module(_HOME.get(name, "lite.errors")), name)

@@ -1,0 +1,76 @@
+"""The nouns of the data room: an example is a typed row, a token example is what is left of it for the model.
+
+row (dict) ─ formats ─► Preference | UnpairedPreference | PromptCompletion ─ tokenise ─► TokenExample ─ packs ─► Pack
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+Messages = list[dict[str, Any]]  # [{"role": "user", "content": "…"}, …], as chat templates take them
+Text = str | Messages  # plain text, or turns of a conversation
+
+
+class Place(NamedTuple):
+    """Where a row stands: `pairs.jsonl:17`."""
+
+    file: str
+    row: int  # from 1: the line of a JSONL or CSV file, else the row's number
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.row}"
+
+
+@dataclass(frozen=True)
+class Preference:
+    """A prompt with a completion that was preferred and one that was not. `weight` scales its share of the loss."""
+
+    prompt: Text
+    chosen: Text
+    rejected: Text
+    place: Place
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class UnpairedPreference:
+    """A prompt with one completion and whether it is desirable."""
+
+    prompt: Text
+    completion: Text
+    label: bool
+    place: Place
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class PromptCompletion:
+    """A prompt with the completion to learn."""
+
+    prompt: Text
+    completion: Text
+    place: Place
+    weight: float = 1.0
+
+
+Example = Preference | UnpairedPreference | PromptCompletion
+
+
+@dataclass(frozen=True)
+class TokenExample:
+    """An example as token ids: every completion follows the same prompt and ends in its end-of-turn token."""
+
+    prompt: tuple[int, ...]
+    completions: tuple[tuple[int, ...], ...]  # (chosen, rejected) of a pair, else one
+    place: Place
+    weight: float = 1.0
+    label: bool | None = None  # of an UnpairedPreference
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the prompt with its longest completion: what max_length limits."""
+        return len(self.prompt) + max(map(len, self.completions))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that a pack needs for it: the prompt once, and every completion."""
+        return len(self.prompt) + sum(map(len, self.completions))

@@ -1,0 +1,113 @@
+"""The losses: pure functions of Logps, one per method; the function's name is the verb of the command line.
+
+Positional parameters are data, keyword-only ones hyperparameters (`lite/signatures.py`); the docstring's
+`name: …` lines are their help. Sums over tokens are `total`, averages `mean`; σ is the logistic function.
+"""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lite.loss.logps import Logps
+from lite.loss.registry import Scored, loss
+
+
+@loss(learning_rate=5e-5)
+def orpo(
+    chosen: Logps,
+    rejected: Logps,
+    prompt: Logps | None = None,
+    *,
+    beta: float = 0.1,
+    nll_over: Literal["completion", "sequence"] = "completion",
+) -> Scored:
+    """ORPO: the likelihood of chosen, and the odds of chosen against rejected; no reference model.
+
+    loss = NLL(chosen) − beta · log σ(log odds(chosen) − log odds(rejected)),  odds(y) = p / (1 − p), log p = mean logp
+
+    beta: weight of the odds-ratio term; the paper's λ.
+    nll_over: tokens of the NLL: the chosen completion's, as in the paper, or those of prompt and completion, as TRL does.
+
+    The NLL is averaged over a completion's tokens, then over pairs. Source: Hong et al. 2024, arXiv:2403.07691,
+    equations 6 and 7, λ = 0.1. The paper's rates (5e-6 … 8e-6) are for all weights; adapters take about ten times that.
+    """
+    log_odds = (chosen.mean - rejected.mean) - (log1mexp(chosen.mean) - log1mexp(rejected.mean))
+    log_ratio = F.logsigmoid(log_odds)
+    if nll_over == "sequence":
+        nll = -(prompt.total + chosen.total) / (prompt.length + chosen.length)
+    else:
+        nll = -chosen.mean
+    metrics = {"nll_loss": nll, "log_odds_ratio": log_ratio, "log_odds_chosen": log_odds}
+    return Scored(nll - beta * log_ratio, _metrics(chosen.mean, rejected.mean, beta, metrics))
+
+
+@loss(learning_rate=2e-4, weigh_by="tokens")
+def sft(completion: Logps) -> Scored:
+    """SFT: the likelihood of the completion, averaged over the tokens of the batch; no reference model.
+
+    loss = −mean logp(completion), weighted by its tokens
+
+    The rate is that of adapters in Schulman et al. 2025, "LoRA without regret": about ten times that of all weights.
+    """
+    return Scored(-completion.mean, {"nll_loss": -completion.mean.detach()})
+
+
+@loss(learning_rate=1e-5)
+def simpo(chosen: Logps, rejected: Logps, *, beta: float = 2.0, gamma: float = 1.0) -> Scored:
+    """SimPO: mean-logp margin with a target gap; no reference model.
+
+    loss = −log σ(beta · (mean logp chosen − mean logp rejected) − gamma)
+
+    beta: preference strength.
+    gamma: the gap that chosen must win by, in the units of beta · logp: the paper's γ, not γ/β.
+
+    Source: Meng et al. 2024, arXiv:2405.14734, equation 6, β = 2.0 … 2.5, γ = 0.3 … 1.6. Rates: as for orpo.
+    """
+    margin = beta * (chosen.mean - rejected.mean) - gamma
+    return Scored(-F.logsigmoid(margin), _metrics(chosen.mean, rejected.mean, beta))
+
+
+@loss(learning_rate=1e-5)
+def cpo(chosen: Logps, rejected: Logps, *, beta: float = 0.1, alpha: float = 1.0) -> Scored:
+    """CPO: DPO with a uniform reference, and the likelihood of chosen; no reference model.
+
+    loss = −log σ(beta · (logp chosen − logp rejected)) + alpha · NLL(chosen)
+
+    beta: preference strength.
+    alpha: weight of the NLL of chosen, averaged over its tokens.
+
+    Source: Xu et al. 2024, arXiv:2401.08417, equations 4 to 6; the paper has alpha = 1. Rates: as for orpo.
+    """
+    preference = -F.logsigmoid(beta * (chosen.total - rejected.total))
+    metrics = {"nll_loss": -chosen.mean}
+    return Scored(preference - alpha * chosen.mean, _metrics(chosen.total, rejected.total, beta, metrics))
+
+
+def log1mexp(logp: Tensor) -> Tensor:
+    """log(1 − p) for logp = log p ≤ 0, exact for p near 0 and near 1, finite with a finite gradient at p = 1.
+
+    Two formulas, each where it loses nothing: Mächler 2012, "Accurately computing log(1 − exp(−|a|))", equation 7.
+    """
+    # where() differentiates both branches, so neither may see a value at which its own slope is infinite.
+    logp = logp.clamp(max=-torch.finfo(logp.dtype).eps)
+    near_one = logp > -math.log(2)
+    inside = torch.where(near_one, logp, -1.0)
+    outside = torch.where(near_one, -1.0, logp)
+    return torch.where(near_one, torch.log(-torch.expm1(inside)), torch.log1p(-torch.exp(outside)))
+
+
+def _metrics(chosen: Tensor, rejected: Tensor, beta: float, more: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """TRL's names: rewards are beta times the logps the loss compares; accuracy is how often chosen is the likelier."""
+    metrics = {
+        "rewards/chosen": beta * chosen,
+        "rewards/rejected": beta * rejected,
+        "rewards/accuracies": (chosen > rejected).to(chosen.dtype),
+        "rewards/margins": beta * (chosen - rejected),
+        "logps/chosen": chosen,
+        "logps/rejected": rejected,
+        **(more or {}),
+    }
+    return {name: value.detach() for name, value in metrics.items()}

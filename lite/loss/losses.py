@@ -15,7 +15,7 @@ from lite.loss.logps import Logps
 from lite.loss.registry import Scored, loss
 
 
-@loss(learning_rate=5e-5)
+@loss(learning_rate=5e-5, prompt_when={"nll_over": "sequence"})
 def orpo(
     chosen: Logps,
     rejected: Logps,

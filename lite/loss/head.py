@@ -1,0 +1,183 @@
+"""token_logps: log-probabilities through the language-model head, without ever holding the whole logits.
+
+The logits of 2,048 tokens over 152,064 words are 1.2 GB in fp32, and a naive loss holds three such buffers. Here a chunk
+of tokens at a time goes through the head. What backward needs depends on what is trained:
+
+frozen    a token's logp depends on its own hidden state alone, so its gradient row (p − onehot(label)) · W is computed
+          in forward, while the chunk's logits exist. Backward scales rows: two matrix products in all, not three.
+trained   backward computes each chunk again, for the weight's gradient needs the incoming coefficients.
+low-rank  frozen weight plus (B A) · scaling, a LoRA on the head; as trained, but only A and B get gradients.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lite.loss import softmax
+
+
+class LowRank(NamedTuple):
+    """A LoRA on the head: W + scaling · B A."""
+
+    a: Tensor  # (R, D)
+    b: Tensor  # (V, R)
+    scaling: float
+
+
+@dataclass(frozen=True)
+class Head:
+    """logits = softcap · tanh(scale · (h Wᵀ + bias) / softcap); without softcap, scale · (h Wᵀ + bias)."""
+
+    weight: Tensor  # (V, D)
+    bias: Tensor | None = None  # (V,)
+    scale: float = 1.0  # Granite divides its logits, Cohere multiplies them
+    softcap: float | None = None  # Gemma 2: 30
+    low_rank: LowRank | None = None
+
+    @property
+    def parameters(self) -> tuple[Tensor | None, ...]:
+        """weight, bias, A, B: what a gradient may be asked for."""
+        return (self.weight, self.bias, *(self.low_rank[:2] if self.low_rank else (None, None)))
+
+
+def token_logps(
+    hidden: Tensor, head: Head, labels: Tensor, *, chunk_tokens: int = 1024, kernel: softmax.Kernel = "auto"
+) -> Tensor:
+    """Log-probability of each label under softmax(logits(hidden)), in nats.
+
+    Equals `log_softmax(logits.float(), -1).gather(-1, labels[:, None])[:, 0]`, logits as in `Head`.
+    Extra memory: chunk_tokens · V logits, and one (N, D) store of rows if the head is frozen and hidden needs grad.
+
+    hidden (N, D) in the weight's dtype or cast to it; labels (N,) int64 in [0, V).
+    Returns (N,) float32, or float64 if hidden is. Raises ValueError on a shape mismatch.
+    Source: chunked linear cross-entropy of Wijmans et al. 2024, arXiv:2411.09009; gradient rows in forward are ours.
+    """
+    if hidden.ndim != 2 or hidden.shape[1] != head.weight.shape[1] or labels.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"token_logps: hidden {tuple(hidden.shape)}, weight {tuple(head.weight.shape)}, labels {tuple(labels.shape)}; "
+            "expected (N, D), (V, D), (N,)"
+        )
+    hidden = hidden.to(head.weight.dtype)
+    settings = _Settings(head, chunk_tokens, softmax.choose(kernel, hidden.device))
+    if any(p is not None and p.requires_grad for p in head.parameters):
+        return _Recomputed.apply(hidden, labels, settings, *head.parameters)
+    return _RowsInForward.apply(hidden, labels, settings)
+
+
+class _Settings(NamedTuple):
+    head: Head
+    chunk_tokens: int
+    kernel: softmax.Kernel
+
+    def chunks(self, count: int) -> list[slice]:
+        return [slice(start, start + self.chunk_tokens) for start in range(0, count, self.chunk_tokens)]
+
+
+class _RowsInForward(torch.autograd.Function):
+    """The frozen head: rows (N, D) of d nll / d hidden are made in forward, backward scales them."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, labels: Tensor, settings: _Settings) -> Tensor:
+        head, needs_rows = settings.head, ctx.needs_input_grad[0]
+        logps = hidden.new_empty(len(hidden), dtype=softmax.accumulator(hidden.dtype))
+        rows = torch.empty_like(hidden) if needs_rows else None
+        for chunk in settings.chunks(len(hidden)):
+            logits = _logits(hidden[chunk], head)
+            logps[chunk] = softmax.logps_in_place(logits, labels[chunk], head, slope=needs_rows, kernel=settings.kernel)
+            if needs_rows:
+                slope = logits.to(hidden.dtype)
+                del logits  # else both live beside the next chunk's
+                torch.mm(slope, head.weight, out=rows[chunk])
+                if head.low_rank:
+                    rows[chunk] += _through_low_rank(slope, head.low_rank, hidden.dtype)
+                del slope
+            else:
+                del logits
+        if needs_rows:
+            ctx.save_for_backward(rows)
+        return logps
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (rows,) = ctx.saved_tensors
+        return rows * grad.neg().to(rows.dtype)[:, None], None, None
+
+
+class _Recomputed(torch.autograd.Function):
+    """The trained or low-rank head: forward keeps hidden alone, backward computes each chunk's logits again."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, labels: Tensor, settings: _Settings, *parameters: Tensor | None) -> Tensor:
+        ctx.save_for_backward(hidden, labels, *parameters)
+        ctx.settings = settings
+        logps = hidden.new_empty(len(hidden), dtype=softmax.accumulator(hidden.dtype))
+        for chunk in settings.chunks(len(hidden)):
+            logits = _logits(hidden[chunk], settings.head)
+            logps[chunk] = softmax.logps_in_place(
+                logits, labels[chunk], settings.head, slope=False, kernel=settings.kernel
+            )
+            del logits
+        return logps
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, labels, weight, bias, a, b = ctx.saved_tensors
+        settings, needs = ctx.settings, dict(zip(("hidden", "", "", "weight", "bias", "a", "b"), ctx.needs_input_grad))
+        # Sums over chunks are kept in fp32: hundreds of bf16 additions would lose what the later chunks add.
+        sums = {
+            name: torch.zeros_like(p, dtype=softmax.accumulator(p.dtype))
+            for name, p in (("weight", weight), ("bias", bias), ("a", a), ("b", b))
+            if needs[name]
+        }
+        d_hidden = torch.empty_like(hidden) if needs["hidden"] else None
+        for chunk in settings.chunks(len(hidden)):
+            h = hidden[chunk]
+            logits = _logits(h, settings.head)
+            softmax.logps_in_place(logits, labels[chunk], settings.head, slope=True, kernel=settings.kernel)
+            slope = logits.mul_(grad[chunk].neg()[:, None]).to(h.dtype)
+            del logits
+            if needs["hidden"]:
+                torch.mm(slope, weight, out=d_hidden[chunk])
+                if settings.head.low_rank:
+                    d_hidden[chunk] += _through_low_rank(slope, settings.head.low_rank, h.dtype)
+            if needs["weight"]:
+                sums["weight"] += slope.t() @ h
+            if needs["bias"]:
+                sums["bias"] += slope.sum(0, dtype=sums["bias"].dtype)
+            if needs["b"]:
+                scaling = settings.head.low_rank.scaling
+                sums["b"] += (slope.t() @ (h @ a.to(h.dtype).t())) * scaling
+                sums["a"] += ((slope @ b.to(h.dtype)).t() @ h) * scaling
+            del slope
+        grads = {name: total.to(p.dtype) for (name, total), p in zip(sums.items(), _of(sums, weight, bias, a, b))}
+        return d_hidden, None, None, grads.get("weight"), grads.get("bias"), grads.get("a"), grads.get("b")
+
+
+def _of(sums: dict[str, Tensor], weight: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None) -> list[Tensor]:
+    by_name = {"weight": weight, "bias": bias, "a": a, "b": b}
+    return [by_name[name] for name in sums]
+
+
+def _logits(hidden: Tensor, head: Head) -> Tensor:
+    """h Wᵀ + bias, before scale and softcap, (C, V) in the dtype in which the softmax is taken."""
+    precise = softmax.accumulator(hidden.dtype)
+    if hidden.is_cuda and precise != hidden.dtype:
+        logits = torch.mm(hidden, head.weight.t(), out_dtype=precise)  # the product is not rounded to bf16
+    else:
+        logits = (hidden @ head.weight.t()).to(precise)
+    if head.low_rank:
+        a, b, scaling = head.low_rank
+        logits += ((hidden @ a.to(hidden.dtype).t()) @ b.to(hidden.dtype).t()).to(precise).mul_(scaling)
+    if head.bias is not None:
+        logits += head.bias
+    return logits
+
+
+def _through_low_rank(slope: Tensor, low_rank: LowRank, dtype: torch.dtype) -> Tensor:
+    """slope · (scaling · B A), (C, D)."""
+    return ((slope @ low_rank.b.to(dtype)) @ low_rank.a.to(dtype)) * low_rank.scaling

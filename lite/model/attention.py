@@ -1,0 +1,257 @@
+"""Attention over packs: a token sees its own branch so far, and its ancestors; nothing else.
+
+Registered with transformers under one name, so that a model runs unchanged. The table of branches reaches the attention
+function as a keyword of the backbone's forward; no mask function is registered, so no model builds a mask.
+
+Along a branch's path from its root the positions are contiguous. So for the queries of a branch its keys are the
+ancestors' tokens and its own, gathered, under a causal mask aligned to the last key, and windows and caps keep their
+meaning. A branch that starts where its parent ends (prompt, chosen) shares one run of queries with it.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from lite.data.packs import Branch
+from lite.errors import ModelError
+
+NAME = "lite_branches"
+Implementation = Literal["auto", "flash", "varlen", "sdpa", "eager"]
+# Keywords that some model passes and that change nothing here: the table of branches says it all.
+HARMLESS = {"is_causal", "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states"}
+
+
+class Segment(NamedTuple):
+    """A run of queries, and the spans of tokens that are its keys, in the order of their positions."""
+
+    start: int
+    end: int
+    spans: tuple[tuple[int, int], ...]
+
+    @property
+    def keys(self) -> int:
+        return sum(end - start for start, end in self.spans)
+
+
+@dataclass
+class BranchTable:
+    """The branches of one pack as the kernels want them, made once for all layers."""
+
+    segments: tuple[Segment, ...]
+    implementation: Implementation
+    device: torch.device
+    masks: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+    _varlen: tuple[Tensor, Tensor, Tensor | None, int, int] | None = None
+
+    @classmethod
+    def of(cls, branches: Sequence[Branch], implementation: Implementation, device: torch.device) -> "BranchTable":
+        """The table of a pack's branches."""
+        return cls(tuple(segments(branches)), implementation, device)
+
+    def varlen(self) -> tuple[Tensor, Tensor, Tensor | None, int, int]:
+        """(cumulative queries, cumulative keys, tokens to gather as keys or None for all in order, longest of each)."""
+        if self._varlen is None:
+            queries = torch.tensor([0, *(s.end - s.start for s in self.segments)]).cumsum(0)
+            keys = torch.tensor([0, *(s.keys for s in self.segments)]).cumsum(0)
+            spans = [span for s in self.segments for span in s.spans]
+            gather = torch.cat([torch.arange(*span) for span in spans])
+            if torch.equal(queries, keys):
+                gather = None
+            longest = int(queries.diff().max()), int(keys.diff().max())
+            to = {"device": self.device, "non_blocking": True}
+            cumulative = queries.to(torch.int32).to(**to), keys.to(torch.int32).to(**to)
+            self._varlen = *cumulative, None if gather is None else gather.to(**to), *longest
+        return self._varlen
+
+    def mask(self, queries: int, keys: int, window: int | None, dtype: torch.dtype) -> Tensor:
+        """(queries, keys), 0 where the last `queries` of `keys` positions see a key and −inf elsewhere."""
+        key = (queries, keys, window or 0, dtype.itemsize)
+        if key not in self.masks:
+            behind = torch.arange(keys - queries, keys, device=self.device)[:, None] - torch.arange(keys, device=self.device)
+            hidden = (behind < 0) | (behind >= (window or keys))
+            self.masks[key] = torch.zeros(queries, keys, dtype=dtype, device=self.device).masked_fill_(hidden, float("-inf"))
+        return self.masks[key]
+
+
+def segments(branches: Sequence[Branch]) -> Iterator[Segment]:
+    """The runs of queries of a forest, in the order of its tokens, which are covered once each."""
+    spans: dict[int, tuple[tuple[int, int], ...]] = {-1: ()}
+    run: Segment | None = None
+    last = -1
+    for index, branch in enumerate(branches):
+        spans[index] = (*spans[branch.parent], (branch.start, branch.end))
+        if run and branch.parent == last and branch.start == run.end:
+            first = run.spans[-1][0]
+            run = Segment(run.start, branch.end, (*run.spans[:-1], (first, branch.end)))
+        else:
+            if run:
+                yield run
+            run = Segment(branch.start, branch.end, spans[index])
+        last = index
+    if run:
+        yield run
+
+
+def install(model: nn.Module, *, padded: bool = False) -> None:
+    """Let `model` run on packs: its backbone's forward then takes `branch_table=`; or on padded batches with a mask."""
+    for config in _configs(model):
+        config._attn_implementation = _plain(config) if padded else NAME
+
+
+@contextmanager
+def plain_attention(model: nn.Module) -> Iterator[None]:
+    """Within: the model attends as transformers has it, for generation and for comparison."""
+    configs = _configs(model)
+    before = [config._attn_implementation for config in configs]
+    install(model, padded=True)
+    try:
+        yield
+    finally:
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation = implementation
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")}
+    return list(configs.values())
+
+
+def _plain(config: Any) -> str:
+    # transformers' SDPA leaves out a cap on the scores; only its eager attention has it.
+    return "eager" if config.to_dict().get("attn_logit_softcapping") else "sdpa"
+
+
+def branch_attention(
+    module: nn.Module,
+    query: Tensor,  # (1, heads, T, head_dim)
+    key: Tensor,  # (1, kv heads, T, head_dim)
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    branch_table: BranchTable | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """softmax(q kᵀ · scaling + mask) v by branches, (1, T, heads, head_dim). Raises ModelError on what it cannot honour."""
+    unknown = {name: value for name, value in others.items() if value is not None and name not in HARMLESS}
+    if branch_table is None or attention_mask is not None or dropout or unknown:
+        raise ModelError(
+            f"{type(module).__name__} asks its attention for {', '.join(unknown) or 'a mask or dropout'}, which packs do not "
+            "have. Use attn_implementation: padded."
+        )
+    attend = _choose(branch_table.implementation, query, softcap)
+    return attend(query, key, value, branch_table, scaling, sliding_window, softcap), None
+
+
+def _choose(implementation: Implementation, query: Tensor, softcap: float | None) -> Callable[..., Tensor]:
+    """The kernel for this call. `auto` takes the fastest that honours it; one named by the user must."""
+    half = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] <= 256
+    if implementation == "auto":
+        implementation = ("varlen" if half else "sdpa") if softcap is None else "eager"
+        if half and softcap is not None and _flash_attn() is not None:
+            implementation = "flash"
+    if implementation in ("varlen", "flash") and not half:
+        raise ModelError(
+            f"attn_implementation = {implementation}: needs CUDA, bfloat16 and heads of up to 256, but got "
+            f"{query.dtype} on {query.device} with heads of {query.shape[-1]}. Use auto, sdpa or eager."
+        )
+    if softcap is not None and implementation in ("varlen", "sdpa"):
+        raise ModelError(f"attn_implementation = {implementation}: has no cap on scores ({softcap}). Use auto or eager.")
+    return {"varlen": _varlen, "flash": _flash, "sdpa": _sdpa, "eager": _eager}[implementation]
+
+
+def _gather(tensor: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
+    """The tokens of `spans` of (1, heads, T, head_dim), a view if they are one run."""
+    parts = [tensor[:, :, start:end] for start, end in spans]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
+def _by_segment(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def whole(
+        query: Tensor, key: Tensor, value: Tensor, table: BranchTable, scaling: float | None, window: int | None, cap: float | None
+    ) -> Tensor:
+        outputs = []
+        for segment in table.segments:
+            q = query[:, :, segment.start : segment.end]
+            k, v = _gather(key, segment.spans), _gather(value, segment.spans)
+            outputs.append(attend(q, k, v, table, scaling, window if window and window < segment.keys else None, cap))
+        return torch.cat(outputs, 2).transpose(1, 2).contiguous()
+
+    return whole
+
+
+@_by_segment
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, table: BranchTable, scaling: float | None, window: int | None, cap: None) -> Tensor:
+    causal = q.shape[2] == k.shape[2] and window is None
+    mask = None if causal else table.mask(q.shape[2], k.shape[2], window, q.dtype)
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=grouped)
+
+
+@_by_segment
+def _eager(
+    q: Tensor, k: Tensor, v: Tensor, table: BranchTable, scaling: float | None, window: int | None, cap: float | None
+) -> Tensor:
+    """The plain twin: the whole matrix of scores, in the order in which transformers' eager attention rounds."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scores = (q @ k.transpose(2, 3)) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    if cap is not None:
+        scores = torch.tanh(scores / cap) * cap
+    scores = scores + table.mask(q.shape[2], k.shape[2], window, q.dtype)
+    return torch.softmax(scores, -1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype) @ v
+
+
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, table: BranchTable, scaling: float | None, window: int | None, cap: None
+) -> Tensor:
+    """Flash attention as torch brings it, one call for all branches; its causal mask is aligned to the last key."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    cumulative_q, cumulative_k, gather, longest_q, longest_k = table.varlen()
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+    if gather is not None:
+        k, v = k[gather], v[gather]
+    window_size = (-1 if window is None else window - 1, 0)
+    grouped = q.shape[1] != k.shape[1]
+    return varlen_attn(
+        q, k, v, cumulative_q, cumulative_k, longest_q, longest_k, scale=scaling, window_size=window_size, enable_gqa=grouped
+    )[None]
+
+
+def _flash(
+    query: Tensor, key: Tensor, value: Tensor, table: BranchTable, scaling: float | None, window: int | None, cap: float | None
+) -> Tensor:
+    """The flash-attn package: as `_varlen`, and it has a cap on scores."""
+    flash = _flash_attn()
+    if flash is None:
+        raise ModelError("attn_implementation = flash: the package is missing. pip install flash-attn, or use auto.")
+    cumulative_q, cumulative_k, gather, longest_q, longest_k = table.varlen()
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+    if gather is not None:
+        k, v = k[gather], v[gather]
+    window_size = (-1 if window is None else window - 1, 0)
+    return flash(
+        q, k, v, cumulative_q, cumulative_k, longest_q, longest_k,
+        softmax_scale=scaling, causal=True, window_size=window_size, softcap=cap or 0.0,
+    )[None]  # fmt: skip
+
+
+def _flash_attn() -> Callable[..., Tensor] | None:
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return None
+    return flash_attn_varlen_func
+
+
+AttentionInterface.register(NAME, branch_attention)

@@ -1,0 +1,33 @@
+"""Rotary schemes whose factors depend on the longest position of the forward, so that layouts must heed them."""
+
+from typing import Any, NamedTuple
+
+from transformers import PretrainedConfig
+
+
+class Regimes(NamedTuple):
+    """Where a model's rotary factors change with length."""
+
+    bound: int | None  # longest length with the factors of short texts; None: the factors never change
+    grows: bool  # beyond the bound they depend on the very length (dynamic NTK), not only on being beyond (LongRoPE)
+
+
+def regimes(config: PretrainedConfig) -> Regimes:
+    """The regimes of a model; of several rotary schemes in one model, the lowest bound."""
+    text = config.get_text_config()
+    found = []
+    for scheme in _schemes(text.to_dict()):
+        if scheme["rope_type"] == "longrope":
+            # Phi-3 keeps it beside the scheme, newer configs within.
+            original = scheme.get("original_max_position_embeddings") or text.original_max_position_embeddings
+            found.append(Regimes(int(original), False))
+        elif scheme["rope_type"] == "dynamic":
+            found.append(Regimes(int(text.max_position_embeddings), True))
+    return min(found, default=Regimes(None, False), key=lambda regime: regime.bound)
+
+
+def _schemes(settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """A config holds one scheme, or one for each type of layer (Gemma 3)."""
+    rope = settings.get("rope_parameters") or {}
+    nested = [value for value in rope.values() if isinstance(value, dict) and "rope_type" in value]
+    return nested or ([rope] if "rope_type" in rope else [])

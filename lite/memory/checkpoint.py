@@ -1,0 +1,38 @@
+"""Gradient checkpointing, layer by layer: keep a layer's input only, and compute the layer again in backward.
+
+transformers' own switch takes all layers, and adds a hook on the embeddings that only reentrant checkpoints need.
+"""
+
+from functools import partial
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lite.model.layers import decoder_layers, unwrapped
+
+
+def checkpoint_layers(model: nn.Module, count: int | None = None) -> int:
+    """Recompute the first `count` decoder layers in backward, all of them if None; returns how many those are.
+
+    The first rather than the last, for the kept ones are then freed before the first recompute. Gradients stay the
+    same: dropout is replayed from the kept generator state. Works in training mode only, as transformers' layers do.
+    Raises ValueError if count is negative.
+    """
+    if count is not None and count < 0:
+        raise ValueError(f"checkpoint_layers: count = {count}, expected 0 or more")
+    layers = list(decoder_layers(model).values())
+    # Not kept where nothing is random: on CUDA, saving the state waits for the device at every layer.
+    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=_random(model))
+    recomputed = len(layers) if count is None else min(count, len(layers))
+    for index, layer in enumerate(layers):
+        layer.gradient_checkpointing = index < recomputed
+        layer._gradient_checkpointing_func = again
+    return recomputed
+
+
+def _random(model: nn.Module) -> bool:
+    if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
+        return True
+    # Attention calls dropout as a function, with a probability out of the config.
+    config = unwrapped(model).config.to_dict()
+    return any("dropout" in name and value for name, value in config.items() if isinstance(value, float))

@@ -1,0 +1,244 @@
+"""Adapters: put LoRA on a frozen model, save it as peft does, load it back strictly.
+
+Weights are fp32 masters that compute in the activation's dtype (lora.py). What is saved is a plain peft folder, which
+any user of peft loads; what is loaded must fit tensor for tensor, or is refused before anything was changed.
+"""
+
+import copy
+import logging
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lite.errors import ModelError, raise_collected
+from lite.model import lora
+from lite.model.layers import decoder_layers, unwrapped
+from lite.recipe import Recipe
+
+log = logging.getLogger(__name__)
+
+ALL_LINEAR = "all-linear"
+WEIGHTS = "adapter_model.safetensors"
+
+
+def attach(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
+    """The model with a LoRA adapter: a new one as the recipe says, or the one that `adapter` or `run` names.
+
+    A new adapter's start depends on the seed alone. Only the adapter's weights are trained, fp32 whatever the base is.
+    Raises ModelError where a target does not exist, or a saved adapter does not fit the model or the recipe.
+    """
+    folder = continued_from(recipe)
+    if folder is None:
+        config = _config(recipe, target_names(model, recipe.lora_target_modules))
+    else:
+        settle(recipe)
+        config = _saved_config(folder)
+        _check_fit(model, _read(folder), folder)
+        _note_base(model, config, folder)
+    # peft makes A on the CPU and then moves it, so the CPU's generator alone decides how it starts.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        adapted = get_peft_model(model, config)
+    lora.replace_forward(adapted)
+    if folder is not None:
+        load(adapted, folder)
+        log.info("goes on from the adapter in %s", folder)
+    log.info("%s", trainable(adapted))
+    return adapted
+
+
+def save(model: PeftModel, folder: Path) -> None:
+    """Write adapter_config.json and adapter_model.safetensors, named and laid out as peft does, in its live dtype.
+
+    The same adapter gives the same bytes: peft's own save writes the targets in the order of a set, which changes from
+    process to process, and a model card of blanks.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().contiguous() for name, tensor in _state(model).items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    config = copy.copy(model.peft_config[model.active_adapter])
+    config.inference_mode = True
+    if not isinstance(config.target_modules, str):
+        config.target_modules = sorted(config.target_modules)
+    config.save_pretrained(str(folder))
+
+
+def load(model: PeftModel, folder: Path) -> None:
+    """Copy the saved adapter into the live one, whose dtypes stay as they are.
+
+    Every tensor must be there, none may be left over, and shapes must be equal; else ModelError names each with both
+    shapes, and nothing was copied.
+    """
+    saved, live = _read(folder), _state(model)
+    problems = [f"{name}: missing in the file, the model has {tuple(live[name].shape)}" for name in live.keys() - saved]
+    problems += [f"{name}: {tuple(saved[name].shape)}, the model has no such tensor" for name in saved.keys() - live]
+    problems += [
+        f"{name}: {tuple(saved[name].shape)} in the file, {tuple(live[name].shape)} in the model"
+        for name in live.keys() & saved
+        if live[name].shape != saved[name].shape
+    ]
+    advice = "Expected the adapter that was trained with these settings on this model."
+    raise_collected(ModelError, f"{folder / WEIGHTS} does not fit the model:", sorted(problems), advice)
+    set_peft_model_state_dict(model, saved)
+
+
+def trainable(model: PeftModel) -> str:
+    """`0.5 % of weights trained`; a quantised weight counts as one."""
+    trained, total = model.get_nb_trainable_parameters()
+    return f"{100 * trained / total:.2g} % of weights trained"
+
+
+def continued_from(recipe: Recipe) -> Path | None:
+    """Folder of the adapter that the recipe goes on from, or None. Raises ModelError if there is no adapter in it."""
+    folder = Path(recipe.adapter) if recipe.adapter else Path(recipe.run) / "adapter" if recipe.run else None
+    if folder is None:
+        return None
+    files = ("adapter_config.json", WEIGHTS)
+    missing = [f"{folder / name}: no such file" for name in files if not (folder / name).is_file()]
+    named = f"adapter = {recipe.adapter!r}" if recipe.adapter else f"run = {recipe.run!r}"
+    raise_collected(
+        ModelError, f"{named}: no adapter to go on from:", missing, "Expected a LoRA adapter as peft saves it."
+    )
+    return folder
+
+
+def settle(recipe: Recipe) -> Recipe:
+    """The recipe with the settings of the adapter that it goes on from; itself if it starts a new one.
+
+    To be called before a run's recipe is saved, so that the saved one holds what was trained and reruns it.
+    Raises ModelError for each setting that the recipe sets to something else.
+    """
+    folder = continued_from(recipe)
+    if folder is None:
+        return recipe
+    saved = _settings(_saved_config(folder))
+    conflicts = [
+        f"{name} = {getattr(recipe, name)!r}, but the adapter has {value!r}"
+        for name, value in saved.items()
+        if name in recipe.model_fields_set and not _same(name, getattr(recipe, name), value)
+    ]
+    raise_collected(ModelError, f"{folder}: the adapter was trained otherwise:", conflicts, "Leave these settings out.")
+    return recipe.model_copy(update=saved)
+
+
+def target_names(model: nn.Module, asked: str) -> list[str]:
+    """Names of the layers to adapt, as short as they can be (`q_proj`) without meaning any layer elsewhere.
+
+    `all-linear` is every linear layer of the decoder blocks: not the head, the embeddings, a router, or another tower.
+    """
+    linear = _linear_layers(model)
+    if not linear:
+        kinds = sorted({type(m).__name__ for layer in decoder_layers(model).values() for m in layer.modules()})
+        raise ModelError(f"no linear layer to adapt in the decoder blocks. They hold {', '.join(kinds)}.")
+    if asked.strip() == ALL_LINEAR:
+        chosen = linear
+    else:
+        wanted = [name.strip() for name in asked.split(",") if name.strip()]
+        chosen = [name for name in linear if any(_matches(name, one) for one in wanted)]
+        unknown = [one for one in wanted if not any(_matches(name, one) for name in linear)]
+        known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+        problems = [f"{one}: no such linear layer" for one in unknown]
+        raise_collected(
+            ModelError, "lora_target_modules:", problems, f"Expected {ALL_LINEAR}, or names out of: {known}."
+        )
+    short = sorted({name.rpartition(".")[2] for name in chosen})
+    everywhere = [name for name, _ in unwrapped(model).named_modules() if any(_matches(name, one) for one in short)]
+    return short if set(everywhere) == set(chosen) else sorted(chosen)
+
+
+def _linear_layers(model: nn.Module) -> list[str]:
+    # bitsandbytes' layers are nn.Linear too. Routers are plain parameters in newer models and linear in older ones.
+    return [
+        f"{path}.{name}"
+        for path, layer in decoder_layers(model).items()
+        for name, module in layer.named_modules()
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] not in ("gate", "router", "shared_expert_gate")
+    ]
+
+
+def _matches(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _config(recipe: Recipe, targets: list[str]) -> LoraConfig:
+    return LoraConfig(
+        r=recipe.lora_r,
+        lora_alpha=recipe.lora_alpha,
+        lora_dropout=recipe.lora_dropout,
+        target_modules=targets,
+        use_rslora=recipe.use_rslora,
+        use_dora=recipe.use_dora,
+        revision=recipe.revision,
+        task_type="CAUSAL_LM",
+    )
+
+
+def _saved_config(folder: Path) -> LoraConfig:
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{folder}/adapter_config.json cannot be read: {error!r}. Expected what peft saves.") from None
+    if not isinstance(config, LoraConfig):
+        raise ModelError(f"{folder}: an adapter of type {config.peft_type}. Expected LoRA.")
+    config.inference_mode = False
+    return config
+
+
+def _settings(config: LoraConfig) -> dict[str, object]:
+    targets = config.target_modules
+    return {
+        "lora_r": config.r,
+        "lora_alpha": float(config.lora_alpha),
+        "lora_dropout": config.lora_dropout,
+        "lora_target_modules": targets if isinstance(targets, str) else ",".join(sorted(targets)),
+        "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora,
+    }
+
+
+def _same(name: str, asked: object, saved: object) -> bool:
+    if name != "lora_target_modules":
+        return asked == saved
+    return {part.strip() for part in str(asked).split(",")} == {part.strip() for part in str(saved).split(",")}
+
+
+def _check_fit(model: PreTrainedModel, saved: dict[str, Tensor], folder: Path) -> None:
+    """Compare the saved A and B with the layers that they belong to, before the model is touched."""
+    modules = dict(model.named_modules())
+    problems = []
+    for name, tensor in sorted(saved.items()):
+        layer, _, matrix = name.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
+        if layer not in modules:
+            problems.append(f"{layer}: the model has no such layer")
+        elif isinstance(modules[layer], nn.Linear) and matrix in ("lora_A", "lora_B"):
+            axis, size = (1, modules[layer].in_features) if matrix == "lora_A" else (0, modules[layer].out_features)
+            if tensor.shape[axis] != size:
+                side = "in" if matrix == "lora_A" else "out"
+                problems.append(f"{layer}: {matrix} is {tuple(tensor.shape)}, but the layer has {size} {side}")
+    advice = f"Expected an adapter of {model.name_or_path}."
+    raise_collected(ModelError, f"{folder}: the adapter belongs to another model:", problems, advice)
+
+
+def _note_base(model: PreTrainedModel, config: LoraConfig, folder: Path) -> None:
+    trained_on = config.base_model_name_or_path
+    if trained_on and trained_on != model.name_or_path:
+        log.warning("%s was trained on %s and goes on on %s: is it the same?", folder, trained_on, model.name_or_path)
+    config.base_model_name_or_path = None  # peft then takes the model's, without a warning of its own
+
+
+def _state(model: PeftModel) -> dict[str, Tensor]:
+    # Handing in the parameters keeps peft from packing the whole quantised base into a state dict;
+    # save_embedding_layers, from asking the hub whether the vocabulary has grown.
+    return get_peft_model_state_dict(model, state_dict=dict(model.named_parameters()), save_embedding_layers=False)
+
+
+def _read(folder: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{folder / WEIGHTS} cannot be read: {error}. Expected a whole safetensors file.") from None

@@ -1,0 +1,250 @@
+"""Loading: a frozen base in NF4, int8, bf16 or fp32 on its device, and its tokenizer.
+
+Nothing is guessed and nothing is left to chance: weights that a checkpoint lacks, a quantisation that would not reach
+every layer, code of the repository's own are errors with advice, where transformers would warn, skip or ask on stdin.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from lite.errors import ModelError, raise_collected
+from lite.model import catalog
+from lite.model.layers import decoder_layers
+from lite.recipe import Recipe
+
+log = logging.getLogger(__name__)
+
+GIB = 2**30
+
+
+def device(recipe: Recipe) -> torch.device:
+    """The one device to train on. Raises ModelError if CUDA is asked for and absent."""
+    if recipe.device == "cpu" or (recipe.device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        built = f"torch {torch.__version__} is built for CUDA {torch.version.cuda}, but no GPU answers: see nvidia-smi"
+        raise ModelError(
+            "device = 'cuda': "
+            + (
+                built
+                if torch.version.cuda
+                else f"torch {torch.__version__} is built without CUDA: install a CUDA build"
+            )
+            + ". Or train on the CPU with --device cpu."
+        )
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def compute_dtype(recipe: Recipe) -> torch.dtype:
+    """The dtype of activations and of unquantised weights; `auto`: bf16 where the hardware multiplies it, else fp32."""
+    if recipe.dtype != "auto":
+        return torch.bfloat16 if recipe.dtype == "bfloat16" else torch.float32
+    on_gpu = device(recipe).type == "cuda"
+    fast = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else cpu_multiplies_bf16()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Whether this CPU has AVX512-BF16 or AMX; without them a bf16 product is three times slower than an fp32 one."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        capabilities = torch.cpu.get_capabilities()
+        return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+    except OSError:  # not Linux
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The model's own tokenizer. Raises ModelError saying what is missing and where to get it."""
+    source = _source(recipe)
+    with _explained(recipe, source, "tokenizer"):
+        return AutoTokenizer.from_pretrained(
+            source, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code
+        )
+
+
+def load_model(recipe: Recipe) -> PreTrainedModel:
+    """The base model on its device, quantised as asked, every weight frozen, in eval mode, with its cache off.
+
+    A bitsandbytes checkpoint is loaded as it is, with the recipe's compute dtype. `generate` still caches: that is
+    its generation config's affair. Raises ModelError with what to do.
+    """
+    source, target, dtype = _source(recipe), device(recipe), compute_dtype(recipe)
+    with _explained(recipe, source, "model"):
+        config = AutoConfig.from_pretrained(
+            source, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code
+        )
+    quantisation = _quantisation(recipe, config, dtype)
+    _check_reach(recipe, config, quantisation)
+    with _explained(recipe, source, "model"):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            revision=recipe.revision,
+            trust_remote_code=recipe.trust_remote_code,
+            dtype=dtype,
+            device_map={"": target},
+            quantization_config=quantisation,
+            output_loading_info=True,
+        )
+    # transformers fills what a checkpoint lacks with random numbers and warns; training on those helps nobody.
+    missing = [f"{name}: not in the checkpoint" for name in sorted(report["missing_keys"])]
+    raise_collected(ModelError, f"{source}: weights are missing:", missing, "Fetch the checkpoint again, whole.")
+    model.config.use_cache = False
+    model.requires_grad_(False).eval()
+    log.info("loaded %s in %s: %s", recipe.model, _kind(model, dtype), in_gib(weight_bytes(model)))
+    return model
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of all weights and buffers, with the scales of quantised ones, each storage once."""
+    found = {}
+    for tensor in [*model.parameters(), *model.buffers(), *_scales(model)]:
+        found[tensor.untyped_storage().data_ptr() or id(tensor)] = tensor.nbytes
+    return sum(found.values())
+
+
+def in_gib(size_bytes: float) -> str:
+    """A size for people: `9.1 GiB`, below 0.1 GiB in MiB."""
+    return f"{size_bytes / GIB:.1f} GiB" if size_bytes >= 0.1 * GIB else f"{size_bytes / 2**20:.1f} MiB"
+
+
+def _scales(model: nn.Module) -> Iterator[torch.Tensor]:
+    # bitsandbytes keeps them beside the parameter, in no list of parameters or buffers.
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        nested = state.state2 if state is not None else None
+        for part in (state, nested):
+            if part is not None:
+                yield from (part.absmax, part.code)
+        if nested is not None:
+            yield state.offset
+    for module in model.modules():
+        scale = getattr(getattr(module, "weight", None), "SCB", None)
+        if scale is not None:
+            yield scale
+
+
+def _source(recipe: Recipe) -> str:
+    """Folder (absolute, so that an adapter made from it names it for good) or hub name, checked as far as offline goes."""
+    name = catalog.resolve(recipe.model)
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        if name.startswith(("/", "./", "../", "~")) or name.count("/") != 1:
+            raise ModelError(f"model = {recipe.model!r}: there is no folder {folder}. Expected one with a config.json.")
+        return name
+    problems = []
+    if recipe.revision is not None:
+        problems.append(f"revision = {recipe.revision!r} is of a hub name; a folder has none. Leave it out.")
+    if not (folder / "config.json").is_file():
+        hint = " It is an adapter: pass it as --adapter." if (folder / "adapter_config.json").is_file() else ""
+        problems.append(f"there is no config.json in it.{hint}")
+    if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
+        problems.append("there are no weights in it (*.safetensors or pytorch_model*.bin).")
+    advice = "Expected a model's folder, as `hf download NAME --local-dir FOLDER` or save_pretrained leaves it."
+    raise_collected(ModelError, f"{folder} cannot be loaded:", problems, advice)
+    return str(folder.resolve())
+
+
+@contextmanager
+def _explained(recipe: Recipe, source: str, what: str) -> Iterator[None]:
+    """Turn what transformers raises over a user's model into a ModelError that says what to do."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        smaller = "" if recipe.load_in_4bit else " --4bit takes a quarter of bf16's memory."
+        raise ModelError(f"{source} does not fit the GPU: {_first_line(error)}.{smaller}") from None
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"{source} brings Python code of its own, which lite does not run unasked. "
+                "Read it, then pass --trust-remote-code."
+            ) from None
+        fetched = (
+            ""
+            if Path(source).is_dir()
+            else f"\nWithout a network: `hf download {source} --local-dir FOLDER` elsewhere, then --model FOLDER. "
+            "Models behind a licence need `hf auth login` first."
+        )
+        raise ModelError(f"{source}: its {what} cannot be loaded: {_first_line(error)}{fetched}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _quantisation(recipe: Recipe, config: PreTrainedConfig, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """What to quantise by: nothing for a checkpoint that is quantised already, and it must be as asked."""
+    asked = "--4bit" if recipe.load_in_4bit else "--8bit" if recipe.load_in_8bit else None
+    present = config.to_dict().get("quantization_config")
+    if present is None:
+        if recipe.load_in_4bit:
+            return BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=dtype,
+            )
+        return BitsAndBytesConfig(load_in_8bit=True) if recipe.load_in_8bit else None
+    four_bit, eight_bit = present.get("load_in_4bit"), present.get("load_in_8bit")
+    kind = "bitsandbytes 4-bit" if four_bit else "bitsandbytes 8-bit" if eight_bit else present.get("quant_method")
+    if asked and not (four_bit if recipe.load_in_4bit else eight_bit):
+        raise ModelError(
+            f"{asked}: {recipe.model} is quantised already, as {kind}, and would have to be dequantised first. "
+            f"Leave {asked} out to train on it as it is, or take the unquantised model."
+        )
+    log.info("%s is quantised already (%s) and is loaded as it is", recipe.model, kind)
+    if four_bit:
+        # A matter of the machine, not of the stored weights.
+        config.quantization_config = {**present, "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")}
+    return None
+
+
+def _check_reach(recipe: Recipe, config: PreTrainedConfig, quantisation: BitsAndBytesConfig | None) -> None:
+    """Refuse to quantise a model whose experts bitsandbytes passes over: the bulk of it would stay bf16, unsaid."""
+    if quantisation is None:
+        return
+    with torch.device("meta"), _explained(recipe, recipe.model, "model"):
+        skeleton = AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16, trust_remote_code=recipe.trust_remote_code
+        )
+    passed_over = {
+        f"{layer}.{name}": parameter
+        for layer, block in decoder_layers(skeleton).items()
+        for name, parameter in block.named_parameters()
+        if parameter.ndim == 3
+    }
+    total_bytes = sum(parameter.nbytes for parameter in passed_over.values())
+    flag = "--4bit" if recipe.load_in_4bit else "--8bit"
+    raise_collected(
+        ModelError,
+        f"{flag}: {recipe.model} is a mixture of experts whose {len(passed_over)} expert tensors bitsandbytes cannot "
+        f"quantise; {in_gib(total_bytes)} of them would stay bf16:",
+        [f"{name} {tuple(p.shape)}: {in_gib(p.nbytes)}" for name, p in passed_over.items()],
+        f"Leave {flag} out if the card holds the model in bf16, or take a dense model.",
+    )
+
+
+def _kind(model: PreTrainedModel, dtype: torch.dtype) -> str:
+    quantised = model.config.to_dict().get("quantization_config")
+    if quantised is None:
+        return {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
+    if quantised.get("load_in_4bit"):
+        return str(quantised["bnb_4bit_quant_type"])
+    return "int8" if quantised.get("load_in_8bit") else str(quantised["quant_method"])

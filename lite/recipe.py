@@ -4,29 +4,48 @@ A recipe is flat. Beside the fields below it carries the hyperparameters of its 
 signature owns; `recipe.hyperparameters` is all of them, set or default. Precedence: defaults < file < flags.
 """
 
-import difflib
-import re
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Mapping
+from pathlib import Path, PurePath
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 
-from lite import signatures
+from lite import signatures, spellings
 from lite.errors import RecipeError, raise_collected
+from lite.flat_yaml import read as read_yaml
+
+__all__ = [
+    "BUNDLED",
+    "HEADLINE",
+    "Problem",
+    "Recipe",
+    "expected",
+    "load",
+    "problems",
+    "read_yaml",
+    "setting",
+    "unknown_key",
+]
 
 BUNDLED = "bundled"
+HEADLINE = "The recipe cannot be used:"
 
 
 def setting(default: Any, description: str, *, panel: str, unit: str = "", flag: str = "", **limits: Any) -> Any:
     """A field of the recipe; `panel` groups the help, `unit` ends its line, `flag` is a shorter name for it."""
-    return Field(default, description=description, json_schema_extra={"panel": panel, "unit": unit, "flag": flag}, **limits)
+    return Field(
+        default, description=description, json_schema_extra={"panel": panel, "unit": unit, "flag": flag}, **limits
+    )
 
 
 class Recipe(BaseModel):
     """Every setting of a run. Raises RecipeError naming each wrong key and value at once."""
 
-    model_config = ConfigDict(extra="allow", frozen=True, validate_default=False, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="allow", frozen=True, strict=True, allow_inf_nan=False, validate_default=False, protected_namespaces=()
+    )
 
     method: str = setting("orpo", "The loss: a registered one, or file.py:function.", panel="Method")
 
@@ -40,16 +59,22 @@ class Recipe(BaseModel):
         False, "Quantise the base to NF4, its scales quantised again.", panel="Model", flag="--4bit"
     )
     load_in_8bit: bool = setting(False, "Quantise the base to int8.", panel="Model", flag="--8bit")
-    device: Literal["auto", "cpu", "cuda"] = setting("auto", "Where to train; auto takes a GPU if there is one.", panel="Model")
+    device: Literal["auto", "cpu", "cuda"] = setting(
+        "auto", "Where to train; auto takes a GPU if there is one.", panel="Model"
+    )
     attn_implementation: Literal["auto", "flash", "varlen", "sdpa", "eager", "padded"] = setting(
         "auto", "Attention over packs; padded gives packs up and pads each completion alone.", panel="Model"
     )
 
     lora_r: int = setting(16, "Rank of the adapter.", panel="Adapter", ge=1)
-    lora_alpha: float = setting(32.0, "Scale of the adapter: its update is multiplied by alpha / r.", panel="Adapter", gt=0)
+    lora_alpha: float = setting(
+        32.0, "Scale of the adapter: its update is multiplied by alpha / r.", panel="Adapter", gt=0
+    )
     lora_dropout: float = setting(0.0, "Dropout on the adapter's input.", panel="Adapter", ge=0, lt=1)
     lora_target_modules: str = setting(
-        "all-linear", "Names of the adapted layers, comma-separated; all-linear: every one in the blocks.", panel="Adapter"
+        "all-linear",
+        "Names of the adapted layers, comma-separated; all-linear: every one in the blocks.",
+        panel="Adapter",
     )
     use_rslora: bool = setting(False, "Scale by alpha / √r (rank-stabilised LoRA).", panel="Adapter")
     use_dora: bool = setting(False, "Train magnitude and direction apart (DoRA).", panel="Adapter")
@@ -57,12 +82,12 @@ class Recipe(BaseModel):
     run: str | None = setting(None, "Finished run whose adapter to go on from.", panel="Adapter")
 
     data: str = setting(BUNDLED, "JSONL, JSON, CSV or Parquet file, or `-` for JSONL on stdin.", panel="Data")
-    eval_data: str | None = setting(None, "Held-out rows; without it min(5 %, 200) rows, chosen by content.", panel="Data")
+    eval_data: str | None = setting(
+        None, "Held-out rows; without it min(5 %, 200) rows, chosen by content.", panel="Data"
+    )
     format: str | None = setting(None, "Row layout; without it the one whose keys match best.", panel="Data")
     columns: dict[str, str] = setting({}, "Your names of the columns: prompt=question,chosen=good.", panel="Data")
-    chat_template: str = setting(
-        "auto", "auto: the model's own; none: plain text; or a Jinja file.", panel="Data"
-    )
+    chat_template: str = setting("auto", "auto: the model's own; none: plain text; or a Jinja file.", panel="Data")
     max_length: int = setting(2048, "Longest prompt and completion together.", panel="Data", unit="tokens", ge=8)
     skip_bad_rows: bool = setting(False, "Go on without unreadable rows; they are listed in the run.", panel="Data")
     allow_dropped: bool = setting(False, "Go on though more than 5 % of the rows are too long.", panel="Data")
@@ -70,7 +95,9 @@ class Recipe(BaseModel):
     num_train_epochs: float = setting(1.0, "Passes over the data.", panel="Training", gt=0)
     max_steps: int | None = setting(None, "Stop after so many optimizer steps.", panel="Training", unit="steps", ge=1)
     batch_size: int = setting(16, "Examples per optimizer step, however they are laid out.", panel="Training", ge=1)
-    learning_rate: float | None = setting(None, "Peak learning rate; without it the loss's own.", panel="Training", gt=0)
+    learning_rate: float | None = setting(
+        None, "Peak learning rate; without it the loss's own.", panel="Training", gt=0
+    )
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = setting(
         "cosine", "Course of the learning rate.", panel="Training"
     )
@@ -88,7 +115,9 @@ class Recipe(BaseModel):
     gradient_checkpointing: bool = setting(
         True, "Keep each layer's input only and compute the layer again in backward.", panel="Memory"
     )
-    tokens_per_pack: int = setting(8192, "Most tokens of one forward; a longer example is alone.", panel="Memory", unit="tokens", ge=8)
+    tokens_per_pack: int = setting(
+        8192, "Most tokens of one forward; a longer example is alone.", panel="Memory", unit="tokens", ge=8
+    )
     chunk_tokens: int = setting(1024, "Scored tokens whose logits exist at once.", panel="Memory", unit="tokens", ge=1)
     split_pairs: bool = setting(
         False, "A pair over tokens_per_pack is computed one completion at a time, exactly.", panel="Memory"
@@ -96,7 +125,9 @@ class Recipe(BaseModel):
 
     output_dir: str | None = setting(None, "The run folder; without it runs/METHOD-MODEL-TIME.", panel="Run")
     logging_steps: int = setting(1, "A line of metrics every so many steps.", panel="Run", unit="steps", ge=1)
-    eval_steps: int | None = setting(None, "Evaluate every so many steps, beside before and after.", panel="Run", unit="steps", ge=1)
+    eval_steps: int | None = setting(
+        None, "Evaluate every so many steps, beside before and after.", panel="Run", unit="steps", ge=1
+    )
     save_steps: int = setting(50, "A checkpoint every so many steps.", panel="Run", unit="steps", ge=1)
     save_total_limit: int = setting(2, "Checkpoints kept, the newest.", panel="Run", ge=1)
     samples: int = setting(3, "Held-out prompts answered before and after training.", panel="Run", ge=0)
@@ -104,27 +135,19 @@ class Recipe(BaseModel):
     self_check: bool = setting(True, "Compare the fast path with the plain model before step 1.", panel="Run")
 
     def __init__(self, **values: Any) -> None:
+        values = {key: str(value) if isinstance(value, PurePath) else value for key, value in values.items()}
+        found = _misfits(values)
         try:
             super().__init__(**values)
         except ValidationError as error:
-            problems = [f"{'.'.join(map(str, e['loc'])) or 'recipe'} = {e['input']!r}: {e['msg']}" for e in error.errors()]
-            raise_collected(RecipeError, "The recipe cannot be used:", problems)
+            found = [*_wrong_values(error), *found]
+        raise_collected(RecipeError, HEADLINE, [problem.key + problem.text for problem in found])
 
-    @model_validator(mode="after")
-    def _fits_together(self) -> "Recipe":
-        problems = []
-        hyperparameters = signatures.find(self.method).hyperparameters
-        for key, value in (self.model_extra or {}).items():
-            if key not in hyperparameters:
-                problems.append(unknown_key(key, self.method))
-            elif problem := hyperparameters[key].problem(value):
-                problems.append(problem)
-        if self.load_in_4bit and self.load_in_8bit:
-            problems.append("load_in_4bit and load_in_8bit: a base is quantised once. Take one of them.")
-        if self.adapter and self.run:
-            problems.append("adapter and run: both name an adapter to go on from. Take one of them.")
-        raise_collected(RecipeError, "The recipe cannot be used:", problems)
-        return self
+    def __eq__(self, other: object) -> bool:
+        """Recipes are equal if they make the same run; one may state what the other leaves to defaults."""
+        return isinstance(other, Recipe) and self.resolved() == other.resolved()
+
+    __hash__ = None  # type: ignore[assignment]
 
     @property
     def signature(self) -> signatures.Signature:
@@ -151,35 +174,86 @@ class Recipe(BaseModel):
         path.write_text(yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
+class Problem(NamedTuple):
+    """Why a setting cannot be used: `key` as it was written, and the rest of the line."""
+
+    key: str
+    text: str
+
+
+def problems(values: Mapping[str, Any]) -> list[Problem]:
+    """Everything for which `Recipe(**values)` would raise, so that a caller can name each setting as the user did."""
+    try:
+        BaseModel.__init__(Recipe.__new__(Recipe), **values)
+    except ValidationError as error:
+        return [*_wrong_values(error), *_misfits(values)]
+    return _misfits(values)
+
+
 def load(path: Path | None = None, **overrides: Any) -> Recipe:
     """A recipe from a YAML file (or from defaults), with `overrides` on top. Raises RecipeError."""
     return Recipe(**{**(read_yaml(path) if path else {}), **overrides})
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A flat YAML file as a dict; `1e-5` is a number. Raises RecipeError with the place."""
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except OSError as error:
-        raise RecipeError(f"{path}: {error.strerror}. Expected a recipe in YAML.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise RecipeError(f"{path}: expected `key: value` lines, found {type(values).__name__}.")
-    return {str(key).replace("-", "_"): value for key, value in values.items()}
-
-
 def unknown_key(key: str, method: str) -> str:
-    """The message for a key that neither the recipe nor the loss knows, with the nearest one that exists."""
+    """The message for a key that neither the recipe nor the loss knows, with the one that was probably meant."""
+    return key + _unknown(key, method)
+
+
+def expected(field: FieldInfo) -> str:
+    """What a field takes, in words: `a whole number, at least 1`."""
+    kinds = [kind for kind in get_args(field.annotation) if kind is not type(None)]
+    kind = kinds[0] if type(None) in get_args(field.annotation) else field.annotation
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(get_args(kind))}"
+    words = [signatures.WORDS.get(kind, "pairs such as `prompt: question`")]
+    for limit in field.metadata:
+        for name, word in (("ge", "at least"), ("gt", "above"), ("lt", "below"), ("le", "at most")):
+            if hasattr(limit, name):
+                words.append(f"{word} {getattr(limit, name)}")
+    return ", ".join(words)
+
+
+def _wrong_values(error: ValidationError) -> list[Problem]:
+    """Each value of the wrong type or out of its range, once."""
+    found = {}
+    for detail in error.errors():
+        key = str(detail["loc"][0])
+        found.setdefault(key, Problem(key, f" = {detail['input']!r}: expected {expected(Recipe.model_fields[key])}."))
+    return list(found.values())
+
+
+def _misfits(values: Mapping[str, Any]) -> list[Problem]:
+    """What no single field can tell: a loss or a key that does not exist, and settings that exclude each other."""
+    found = []
+    if values.get("load_in_4bit") is True and values.get("load_in_8bit") is True:
+        found.append(
+            Problem("load_in_4bit", " = True beside load_in_8bit = True: a base is quantised once. Take one of them.")
+        )
+    if values.get("adapter") and values.get("run"):
+        found.append(Problem("adapter", " beside run: both name an adapter to go on from. Take one of them."))
+    method = values.get("method", Recipe.model_fields["method"].default)
+    if not isinstance(method, str):
+        return found
+    try:
+        hyperparameters = signatures.find(method).hyperparameters
+    except RecipeError as error:
+        return [*found, Problem("method", str(error).removeprefix("method"))]
+    for key in hyperparameters.keys() & Recipe.model_fields.keys():
+        found.append(Problem(key, f": a setting of every run, so {method} cannot have a hyperparameter of this name."))
+    for key in values.keys() - Recipe.model_fields.keys():
+        if key not in hyperparameters:
+            found.append(Problem(key, _unknown(key, method)))
+        elif problem := hyperparameters[key].problem(values[key]):
+            found.append(Problem(key, problem.removeprefix(key)))
+    return sorted(found)
+
+
+def _unknown(key: str, method: str) -> str:
     known = [*Recipe.model_fields, *signatures.find(method).hyperparameters]
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"{key}: no such setting of {method}." + (f" Did you mean {near[0]}?" if near else " See `lite {method} --help`.")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-5 as a string, for want of a dot; here it is the number that was meant."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+    text = f": no such setting of {method}."
+    if ours := spellings.foreign(key, known):
+        field = Recipe.model_fields.get(ours)
+        return f"{text} lite calls it {ours}" + (f": {field.description}" if field else ".")
+    near = spellings.nearest(key, known)
+    return text + (f" Did you mean {near}?" if near else f" See `lite {method} --help`.")

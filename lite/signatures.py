@@ -6,13 +6,14 @@ A loss of the user's own is named `path/to/file.py:function` and read the same w
 """
 
 import ast
-import difflib
+import math
 import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from lite import spellings
 from lite.errors import RecipeError
 
 LOSSES = Path(__file__).parent / "loss" / "losses.py"
@@ -26,6 +27,7 @@ KNOWN_DATA = {
     "label": "bool tensor, true where the completion is desirable",
 }
 TYPES = {"float": float, "int": int, "bool": bool, "str": str}
+WORDS = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,17 @@ class Hyperparameter:
     def problem(self, value: Any) -> str | None:
         """Why `value` cannot be used, or None."""
         if self.choices:
-            return None if value in self.choices else f"{self.name} = {value!r}: expected one of {', '.join(self.choices)}"
-        if self.type is float and isinstance(value, int | float) and not isinstance(value, bool):
-            return None
-        if type(value) is self.type:
-            return None
-        return f"{self.name} = {value!r}: expected {self.type.__name__}"
+            fits = value in self.choices
+        elif self.type is float:
+            fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        else:
+            fits = type(value) is self.type
+        return None if fits else f"{self.name} = {value!r}: expected {self.expected}."
+
+    @property
+    def expected(self) -> str:
+        """What it takes, in words."""
+        return f"one of {', '.join(self.choices)}" if self.choices else WORDS[self.type]
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,7 @@ class Signature:
     name: str
     path: Path
     summary: str  # first line of the docstring
+    explanation: str  # the rest of it, without the lines of the hyperparameters
     data: tuple[str, ...]
     hyperparameters: dict[str, Hyperparameter]
     learning_rate: float = 2e-5  # for adapters; the method's paper gives that of full fine-tuning
@@ -85,8 +93,10 @@ def find(method: str) -> Signature:
         raise RecipeError(f"method = {method!r}: there is no file {path}. Expected path/to/file.py:function.")
     known = read(Path(path) if path else LOSSES)
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        meant = f" Did you mean {near[0]}?" if near else ""
+        if not known:
+            raise RecipeError(f"method = {method!r}: {path} has no function under `@loss` at the top of the module.")
+        near = spellings.nearest(name, known)
+        meant = f" Did you mean {near}?" if near else ""
         raise RecipeError(f"method = {method!r}: no such loss in {path or 'lite'}.{meant} Known: {', '.join(known)}.")
     return known[name]
 
@@ -100,12 +110,15 @@ def read(path: Path) -> dict[str, Signature]:
         raise RecipeError(f"{path}:{error.lineno}: {error.msg}. Losses are read from Python source.") from None
     found = {}
     for node in tree.body:
-        if isinstance(node, ast.FunctionDef):
-            for decorator in node.decorator_list:
-                call = decorator if isinstance(decorator, ast.Call) else ast.Call(func=decorator, args=[], keywords=[])
-                if isinstance(call.func, ast.Name) and call.func.id == "loss":
-                    options = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
-                    found[node.name] = _signature(node, path, options)
+        for decorator in node.decorator_list if isinstance(node, ast.FunctionDef) else ():
+            function, keywords = (
+                (decorator.func, decorator.keywords) if isinstance(decorator, ast.Call) else (decorator, [])
+            )
+            name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+            if name == "loss":
+                place = f"{path}:{node.lineno}"
+                options = {str(keyword.arg): _literal(keyword.value, place) for keyword in keywords}
+                found[node.name] = _signature(node, path, options)
     return found
 
 
@@ -117,18 +130,39 @@ def _signature(node: ast.FunctionDef, path: Path, options: dict[str, Any]) -> Si
     if unknown:
         known = "\n".join(f"  {name}: {what}" for name, what in KNOWN_DATA.items())
         raise RecipeError(f"{path}:{node.lineno}: {node.name} asks for {', '.join(unknown)}. Known data:\n{known}")
+    optional = {"learning_rate", "weigh_by", "whole_batch", "prompt_when"}
+    if options.keys() - optional:
+        wrong = ", ".join(sorted(options.keys() - optional))
+        raise RecipeError(f"{path}:{node.lineno}: @loss has no option {wrong}. Known: {', '.join(sorted(optional))}.")
     hyperparameters = {}
     for argument, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
+        place = f"{path}:{argument.lineno}"
         if default is None or argument.annotation is None:
             raise RecipeError(
-                f"{path}:{argument.lineno}: {node.name}'s hyperparameter {argument.arg} needs a type and a default, "
+                f"{place}: {node.name}'s hyperparameter {argument.arg} needs a type and a default, "
                 "for it becomes a setting."
             )
-        kind, choices = _type(argument.annotation, f"{path}:{argument.lineno}")
-        line = re.search(rf"^ *{argument.arg}: (.+)$", doc, re.MULTILINE)
+        kind, choices = _type(argument.annotation, place)
+        line = re.search(_help_line(argument.arg), doc, re.MULTILINE)
         help_line = line.group(1) if line else ""
-        hyperparameters[argument.arg] = Hyperparameter(argument.arg, kind, ast.literal_eval(default), help_line, choices)
-    return Signature(node.name, path, doc.split("\n")[0], data, hyperparameters, **options)
+        hyperparameters[argument.arg] = Hyperparameter(argument.arg, kind, _literal(default, place), help_line, choices)
+    summary, _, explanation = doc.partition("\n")
+    for name in hyperparameters:
+        explanation = re.sub(_help_line(name) + r"\n?", "", explanation, flags=re.MULTILINE)
+    return Signature(node.name, path, summary, explanation.strip(), data, hyperparameters, **options)
+
+
+def _help_line(name: str) -> str:
+    return rf"^ *{name}: (.+)$"
+
+
+def _literal(value: ast.expr, place: str) -> Any:
+    try:
+        return ast.literal_eval(value)
+    except ValueError:
+        raise RecipeError(
+            f"{place}: {ast.unparse(value)} is computed. Expected a plain value, read without running it."
+        ) from None
 
 
 def _type(annotation: ast.expr, place: str) -> tuple[type, tuple[str, ...]]:
@@ -138,4 +172,6 @@ def _type(annotation: ast.expr, place: str) -> tuple[type, tuple[str, ...]]:
         values = ast.literal_eval(annotation.slice)
         return str, values if isinstance(values, tuple) else (values,)
     expected = f"{', '.join(TYPES)} or Literal[…]"
-    raise RecipeError(f"{place}: a hyperparameter of type {ast.unparse(annotation)} cannot be a flag. Expected {expected}.")
+    raise RecipeError(
+        f"{place}: a hyperparameter of type {ast.unparse(annotation)} cannot be a flag. Expected {expected}."
+    )

@@ -1,0 +1,16 @@
+"""The face: what a user types and sees. Nothing here computes; `lite --help` imports no torch.
+
+command_line.py  from the arguments to an exit status: the verb is found, run, and its errors told
+options.py       a verb's options, generated from Recipe and from the signature of the loss
+help.py          the help pages
+parse.py         the arguments of a verb to values, through typer
+training.py      a verb that trains: file and flags to a Recipe
+resume.py        `lite resume RUN`
+session.py       the run of either, with other packages silenced
+progress.py      what is on stderr while it trains: a bar on a terminal, plain lines elsewhere
+result.py        what is on stdout when it has trained
+"""
+
+from lite.cli.command_line import main
+
+__all__ = ["main"]

@@ -1,0 +1,78 @@
+"""From the arguments to an exit status: 0 done, 1 lite's fault, 2 the user's input, 130 interrupted.
+
+    lite VERB [OPTIONS]        VERB: a registered loss, path/to/file.py:function, or resume
+
+Each stage imports what it needs when it is reached, so that help is there at once.
+"""
+
+import io
+import sys
+import traceback
+from collections.abc import Sequence
+
+import lite
+from lite import signatures, spellings
+from lite.errors import LiteError, RecipeError
+
+RESUME = "Go on with a run that was interrupted, to the very result it would have had."
+OWN = "A loss of your own: a function under `@loss` in a file of yours."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Do what the arguments say; return the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without σ must not be what stops a run
+            stream.reconfigure(errors="replace")
+    try:
+        return _dispatch(list(sys.argv[1:] if arguments is None else arguments))
+    except LiteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of stdout has what it wanted; nothing more may be written, not even at exit
+        sys.stdout = None  # type: ignore[assignment]
+        return 0
+    except Exception:
+        traceback.print_exc()
+        print(f"\nThis is a fault of lite {lite.__version__}. Please report it with the lines above.", file=sys.stderr)
+        return 1
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        from lite.cli import help
+
+        help.overview({**_verbs(), "FILE.py:FUNCTION": OWN})
+        return 0
+    if arguments[0] == "--version":
+        print(f"lite {lite.__version__}")
+        return 0
+    verb, *rest = arguments
+    _check(verb)
+    if verb == "resume":
+        from lite.cli import resume
+
+        return resume.main(rest)
+    from lite.cli import training
+
+    return training.main(verb, rest)
+
+
+def _verbs() -> dict[str, str]:
+    """Each verb and its line."""
+    losses = {name: signature.summary for name, signature in signatures.read(signatures.LOSSES).items()}
+    return {**losses, "resume": RESUME}
+
+
+def _check(verb: str) -> None:
+    """Raise RecipeError unless it is a verb, or looks like a loss of the user's own."""
+    verbs = _verbs()
+    if verb in verbs or (":" in verb and not verb.startswith("-")):
+        return
+    expected = f"Expected one of {', '.join(verbs)}, or path/to/file.py:function for a loss of your own."
+    if verb.startswith("-"):
+        raise RecipeError(f"{verb}: options come after the verb, as in `lite orpo {verb}`.\n{expected}")
+    near = spellings.nearest(verb, verbs)
+    raise RecipeError(f"{verb}: no such verb." + (f" Did you mean {near}?" if near else "") + f"\n{expected}")

@@ -1,0 +1,119 @@
+"""A verb's options, generated: from Recipe's fields, each in its panel, and from the loss's hyperparameters.
+
+A flag is the recipe's key with dashes. Here every value but a switch stays text, and None where the flag was not given;
+`typed` makes of the text what the recipe expects, so that the recipe alone judges it, all of them at once.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_origin
+
+from lite.recipe import Recipe, expected
+from lite.signatures import Hyperparameter, Signature
+
+NAMES = {int: "INTEGER", float: "NUMBER", bool: "", str: "TEXT", dict: "KEY=NAME,…"}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A key of the recipe as an option: `flags` begins with the one to show."""
+
+    key: str
+    kind: Any  # int, float, bool, str or dict
+    flags: tuple[str, ...]
+    metavar: str
+    help: str
+    facts: tuple[str, ...]  # limits, default with its unit
+    panel: str
+
+    @property
+    def declared(self) -> tuple[str, ...]:
+        """Its flags as a parser declares them; a switch can be switched off."""
+        return tuple(f"{flag}/{flag.replace('--', '--no-', 1)}" if self.kind is bool else flag for flag in self.flags)
+
+    @property
+    def left(self) -> str:
+        """What is typed, as the help shows it."""
+        shown = self.flags[0]
+        return shown.replace("--", "--[no-]", 1) if self.kind is bool else f"{shown} {self.metavar}".rstrip()
+
+    @property
+    def right(self) -> str:
+        """What it does, as the help shows it."""
+        facts = "; ".join(fact for fact in self.facts if fact)
+        return f"{self.help} [{facts}]" if facts else self.help
+
+
+RECIPE = Setting("recipe", str, ("--recipe",), "FILE", "Settings from a YAML file; flags override them.", (), "Command")
+JSON = Setting(
+    "json", bool, ("--json",), "", "End stdout with one JSON object: the result.", ("default: off",), "Command"
+)
+OWN = (RECIPE, JSON)  # what is no setting of a run
+
+
+def settings(signature: Signature) -> Iterator[Setting]:
+    """Every option of a loss's verb: its hyperparameters, then the recipe's fields, in their order."""
+    for hyperparameter in signature.hyperparameters.values():
+        yield _of_hyperparameter(hyperparameter, signature.name.upper())
+    for key in Recipe.model_fields:
+        if key != "method":
+            yield _of_field(key, signature)
+
+
+def typed(setting: Setting, text: Any) -> Any:
+    """The value that the text of a flag stands for; text that stands for none is left for the recipe to refuse."""
+    if setting.kind is dict:
+        pairs = [pair.partition("=") for pair in str(text).split(",")]
+        return {key.strip(): value.strip() for key, _, value in pairs} if all(p[1] and p[2] for p in pairs) else text
+    if setting.kind in (int, float):
+        try:
+            return setting.kind(text)
+        except ValueError:
+            return text
+    return text
+
+
+def flag(key: str) -> str:
+    """The flag of a key."""
+    return "--" + key.replace("_", "-")
+
+
+def _of_field(key: str, signature: Signature) -> Setting:
+    field = Recipe.model_fields[key]
+    extra = field.json_schema_extra
+    assert isinstance(extra, dict)
+    kinds = [kind for kind in get_args(field.annotation) if kind is not type(None)]
+    kind = kinds[0] if type(None) in get_args(field.annotation) else field.annotation
+    choices = get_args(kind) if get_origin(kind) is Literal else ()
+    kind = str if choices else get_origin(kind) or kind
+    unit = f" {extra['unit']}" if extra["unit"] else ""
+    default = signature.learning_rate if key == "learning_rate" else field.default
+    shown = "" if default is None or default == {} else f"default: {_shown(default)}{unit}"
+    in_recipe = f"in a recipe: {key}" if extra["flag"] else ""
+    return Setting(
+        key=key,
+        kind=kind,
+        flags=(extra["flag"], flag(key)) if extra["flag"] else (flag(key),),
+        metavar="|".join(choices) or NAMES[kind],
+        help=field.description or "",
+        facts=("" if choices else expected(field).partition(", ")[2], shown or unit.strip(), in_recipe),
+        panel=extra["panel"],
+    )
+
+
+def _of_hyperparameter(hyperparameter: Hyperparameter, panel: str) -> Setting:
+    return Setting(
+        key=hyperparameter.name,
+        kind=hyperparameter.type,
+        flags=(flag(hyperparameter.name),),
+        metavar="|".join(hyperparameter.choices) or NAMES[hyperparameter.type],
+        help=hyperparameter.help[:1].upper() + hyperparameter.help[1:],
+        facts=(f"default: {_shown(hyperparameter.default)}",),
+        panel=panel,
+    )
+
+
+def _shown(default: Any) -> str:
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    return f"{default:g}" if isinstance(default, float) else str(default)

@@ -1,0 +1,138 @@
+"""What is on stderr while it trains: on a terminal a bar under the lines, elsewhere a line every few seconds."""
+
+import logging
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+LINE_EVERY_S = 5.0  # where there is no bar
+GIB = 2**30
+# What is said of a step, of those metrics that its loss has: key, form.
+FIGURES = (
+    ("loss", "loss {:.4f}"),
+    ("rewards/margins", "margin {:.3f}"),
+    ("rewards/accuracies", "accuracy {:.0%}"),
+    ("tokens_per_second", "{:,.0f} tokens/s"),
+    ("memory_bytes", "{:.2f} GiB"),
+)
+
+
+class Shown:
+    """The `lite.train.progress.Progress` of the command line."""
+
+    def __init__(self, console: Console, *, bar: bool) -> None:
+        self.console = console
+        self._bar = _bar(console) if bar else None
+        self._task: TaskID | None = None
+        self._total = 0
+        self._seconds: deque[float] = deque(maxlen=20)  # of the latest steps, for the time left
+        self._next_line_s = 0.0
+
+    def stage(self, message: str) -> None:
+        """Say what begins."""
+        self.line(f"{message} …")
+
+    def note(self, message: str) -> None:
+        """Say it."""
+        self.line(f"  {message}")
+
+    def steps(self, total: int, done: int) -> None:
+        """Begin the bar, or say how many steps are to come."""
+        self._total = total
+        if self._bar:
+            self._task = self._bar.add_task("training", total=total, completed=done, figures="")
+            self._bar.start()
+        else:
+            self.line(f"training: step {done + 1} to {total} …")
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Move the bar, or write a line if the last one is some seconds old."""
+        self._seconds.append(metrics.get("seconds", 0.0))
+        if self._bar and self._task is not None:
+            self._bar.update(self._task, completed=step, figures="  ".join(figures(metrics)))
+            return
+        now = time.monotonic()
+        if now >= self._next_line_s or step == self._total:
+            self._next_line_s = now + LINE_EVERY_S
+            left_s = (self._total - step) * sum(self._seconds) / len(self._seconds)
+            self.line("  ".join([f"step {step}/{self._total}", *figures(metrics), f"{duration(left_s)} left"]))
+
+    def evaluation(self, name: str, metrics: Mapping[str, float]) -> None:
+        """Say what the held-out rows give."""
+        told = figures({key.removeprefix("eval_"): value for key, value in metrics.items()})
+        self.line(f"held-out, {name}: {', '.join(told)}")
+
+    def samples(self, when: str, samples: Sequence[Any]) -> None:
+        """Nothing: the page at the end shows those of before and after side by side."""
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self._bar:
+            self._bar.stop()
+
+    def line(self, message: str) -> None:
+        """A line of its own, above the bar if there is one."""
+        self.console.print(Text(message), soft_wrap=True)
+
+
+@contextmanager
+def shown() -> Iterator[Shown]:
+    """Progress on stderr while this is open, with lite's own log in it."""
+    progress = Shown(Console(stderr=True, highlight=False), bar=sys.stderr.isatty())
+    handler = _Lines(progress)
+    log = logging.getLogger("lite")
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield progress
+    finally:
+        progress.close()
+        log.removeHandler(handler)
+        log.setLevel(level)
+
+
+def figures(metrics: Mapping[str, float]) -> list[str]:
+    """The figures to show of some metrics, with their names and units."""
+    scaled = {key: value / GIB if key == "memory_bytes" else value for key, value in metrics.items()}
+    return [form.format(scaled[key]) for key, form in FIGURES if key in scaled]
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 48 s, 3 min 20 s, 2 h 5 min."""
+    whole = round(seconds)
+    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+class _Lines(logging.Handler):
+    """Log records as lines; a warning says that it is one."""
+
+    def __init__(self, progress: Shown) -> None:
+        super().__init__()
+        self._progress = progress
+
+    def emit(self, record: logging.LogRecord) -> None:
+        kind = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        self._progress.line(kind + record.getMessage())
+
+
+def _bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        BarColumn(bar_width=None),
+        TextColumn("{task.fields[figures]}"),
+        TimeRemainingColumn(compact=True),
+        TextColumn("left"),
+        console=console,
+        expand=True,
+    )

@@ -1,0 +1,90 @@
+"""A run from the command line: other packages silenced, progress on stderr, the result on stdout."""
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lite.cli import result
+from lite.cli.progress import Shown, shown
+from lite.recipe import Recipe
+
+if TYPE_CHECKING:
+    from lite.train import Run
+
+INTERRUPTED = 130
+
+
+def train(recipe: Recipe, *, as_json: bool) -> int:
+    """Train by the recipe; return the exit status."""
+
+    def work(progress: Shown) -> "Run":
+        from lite.train import train as train_by
+
+        return train_by(recipe, progress=progress)
+
+    return _follow(work, as_json=as_json)
+
+
+def resume(folder: Path, *, max_steps: int | None, as_json: bool) -> int:
+    """Go on with the run in `folder`; return the exit status."""
+
+    def work(progress: Shown) -> "Run":
+        from lite.train import resume as resume_run
+
+        return resume_run(folder, max_steps=max_steps, progress=progress)
+
+    return _follow(work, as_json=as_json)
+
+
+def _follow(work: Callable[[Shown], "Run"], *, as_json: bool) -> int:
+    _silence()
+    with shown() as progress:
+        progress.stage("loading torch and transformers")
+        from lite.train.interrupt import Interrupted
+
+        try:
+            run = work(progress)
+        except Interrupted as stopped:
+            progress.close()
+            print(stopped, file=sys.stderr)
+            return INTERRUPTED
+    if as_json:
+        print(result.as_json(run.result))
+    else:
+        result.page(run.result, _samples(run), following(run))
+    return 0
+
+
+def following(run: "Run") -> list[str]:
+    """Where the adapter is, and what to do with it."""
+    recipe = run.recipe
+    base = f"--model {recipe.model}" + (" --4bit" if recipe.load_in_4bit else " --8bit" if recipe.load_in_8bit else "")
+    return [
+        f"adapter   {run.adapter}",
+        f'use it    peft.PeftModel.from_pretrained(model, "{run.adapter}")',
+        f"train on  lite {recipe.method} {base} --run {run.folder} --data MORE.jsonl",
+    ]
+
+
+def _samples(run: "Run") -> list[dict[str, str]]:
+    """Those of the folder, for the ones of before may have been taken by a process that was interrupted."""
+    path = run.folder / "samples.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+
+
+def _silence() -> None:
+    """Keep other packages' chatter off stderr, unless the user asked for it by the package's own switch.
+
+    Downloads keep their bars on a terminal: they take minutes, and nothing else tells how long.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")

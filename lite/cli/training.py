@@ -1,0 +1,65 @@
+"""A verb that trains: file and flags to a Recipe, the run, and what is said at its end."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lite
+from lite import recipe as recipes
+from lite import signatures
+from lite.cli import options
+from lite.errors import RecipeError, raise_collected
+
+BUNDLED_RECIPE = Path(lite.__file__).parent / "bundled" / "recipe.yaml"
+NAMED_BY_USER = {"model", "data", "run", "adapter"}  # with none of them and no file, the bundled example is meant
+
+
+def main(method: str, arguments: Sequence[str]) -> int:
+    """Train by `method` as the arguments say, or show their help; return the exit status."""
+    signature = signatures.find(method)
+    settings = list(options.settings(signature))
+    program = f"lite {method}"
+    if {"-h", "--help"} & set(arguments):
+        from lite.cli import help
+
+        help.verb(program, f"{signature.summary}\n\n{signature.explanation}".rstrip(), [*settings, *options.OWN])
+        return 0
+    from lite.cli.parse import parse
+
+    given = parse(arguments, [*settings, *options.OWN], program=program)
+    as_json, file = given.pop("json", False), given.pop("recipe", None)
+    if file is None and not given.keys() & NAMED_BY_USER:
+        file = _from_here(BUNDLED_RECIPE)
+        print(f"no --model, no --data: the bundled example, settings from {file}", file=sys.stderr)
+    recipe = compose(method, given, file=Path(file) if file else None)
+    from lite.cli import session
+
+    return session.train(recipe, as_json=as_json)
+
+
+def compose(method: str, given: Mapping[str, Any], *, file: Path | None = None) -> recipes.Recipe:
+    """The recipe of defaults, the file's settings and the flags', the later first.
+
+    Raises RecipeError with every setting that cannot be used, named as the user wrote it: by its flag or in the file.
+    """
+    in_file = recipes.read_yaml(file) if file else {}
+    if in_file.get("method", method) != method:
+        raise RecipeError(
+            f"{file}: method = {in_file['method']}, but the verb is {method}.\n"
+            f"Type `lite {in_file['method']} --recipe {file}`, or take the line out of the file."
+        )
+    values = {**in_file, **given, "method": method}
+    shown = {setting.key: setting.flags[0] for setting in options.settings(signatures.find(method))}
+
+    def named(key: str) -> str:
+        return shown[key] if key in given else f"{file}: {key}" if key in in_file else key
+
+    found = [named(problem.key) + problem.text for problem in recipes.problems(values)]
+    raise_collected(RecipeError, recipes.HEADLINE, found)
+    return recipes.Recipe(**values)
+
+
+def _from_here(path: Path) -> Path:
+    """The path as seen from the working directory, if it lies below."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

@@ -1,0 +1,90 @@
+"""What a misspelt word was probably meant to be, and what lite calls the settings of other programs.
+
+Both only ever end an error message: a foreign name is never accepted in place of lite's own.
+"""
+
+from collections.abc import Iterable
+from difflib import SequenceMatcher
+
+# The words of TRL, LLaMA-Factory, ms-swift and Axolotl where lite's word is another.
+FOREIGN = {
+    "model_name_or_path": "model",
+    "base_model": "model",
+    "model_id": "model",
+    "model_revision": "revision",
+    "torch_dtype": "dtype",
+    "bf16": "dtype",
+    "fp16": "dtype",
+    "quantization_bit": "load_in_4bit",
+    "quant_bits": "load_in_4bit",
+    "attn_impl": "attn_implementation",
+    "flash_attn": "attn_implementation",
+    "flash_attention": "attn_implementation",
+    "lora_rank": "lora_r",
+    "lora_target": "lora_target_modules",
+    "target_modules": "lora_target_modules",
+    "peft_use_rslora": "use_rslora",
+    "peft_use_dora": "use_dora",
+    "adapter_name_or_path": "adapter",
+    "adapters": "adapter",
+    "lora_model_dir": "adapter",
+    "dataset": "data",
+    "datasets": "data",
+    "dataset_name": "data",
+    "train_file": "data",
+    "eval_dataset": "eval_data",
+    "val_dataset": "eval_data",
+    "test_datasets": "eval_data",
+    "template": "chat_template",
+    "chat_template_path": "chat_template",
+    "cutoff_len": "max_length",
+    "sequence_len": "max_length",
+    "max_seq_length": "max_length",
+    "max_seq_len": "max_length",
+    "max_prompt_length": "max_length",
+    "max_completion_length": "max_length",
+    "epochs": "num_train_epochs",
+    "num_epochs": "num_train_epochs",
+    "steps": "max_steps",
+    "per_device_train_batch_size": "batch_size",
+    "per_device_eval_batch_size": "batch_size",
+    "micro_batch_size": "batch_size",
+    "gradient_accumulation_steps": "batch_size",
+    "lr": "learning_rate",
+    "lr_scheduler": "lr_scheduler_type",
+    "warmup_steps": "warmup_ratio",
+    "max_norm": "max_grad_norm",
+    "gradient_clipping": "max_grad_norm",
+    "optim": "optimizer",
+    "packing_length": "tokens_per_pack",
+    "use_gradient_checkpointing": "gradient_checkpointing",
+    "disable_gradient_checkpointing": "gradient_checkpointing",
+    "output": "output_dir",
+    "random_state": "seed",
+    "4bit": "load_in_4bit",
+    "8bit": "load_in_8bit",
+    "pref_beta": "beta",
+    "orpo_alpha": "beta",
+    "orpo_beta": "beta",
+    "simpo_beta": "beta",
+    "rl_beta": "beta",
+    "cpo_alpha": "alpha",
+    "simpo_gamma": "gamma",
+    "simpo_gamma_beta_ratio": "gamma",
+}
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known word most like `word`, if any is at all like it; of two equally like it, that with its first letter."""
+
+    def likeness(candidate: str) -> float:
+        return SequenceMatcher(None, word, candidate).ratio()
+
+    ranked = sorted(known, key=lambda known_word: (likeness(known_word), known_word[:1] == word[:1]), reverse=True)
+    return ranked[0] if ranked and likeness(ranked[0]) >= 0.6 else None
+
+
+def foreign(word: str, known: Iterable[str]) -> str | None:
+    """What lite calls the setting that other programs call `word`, if it is among `known`."""
+    ours = FOREIGN.get(word)
+    return ours if ours in set(known) else None

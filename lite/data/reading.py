@@ -1,0 +1,188 @@
+"""From rows to examples of the type that a loss learns from, with every problem collected."""
+
+import difflib
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from lite.data import turns
+from lite.data.examples import Example, Place, Preference, PromptCompletion, UnpairedPreference
+from lite.data.formats import FORMATS, SYNONYMS, Format, Row
+from lite.data.problems import BadRow, Problem, shown
+from lite.errors import RecipeError
+
+TYPES = {"preference": Preference, "unpaired": UnpairedPreference, "completion": PromptCompletion}
+
+# What each type of example can be made of; the first that fits best is taken.
+SOURCES = {
+    "preference": (Preference,),
+    "unpaired": (UnpairedPreference, Preference),
+    "completion": (PromptCompletion, Preference, UnpairedPreference),
+}
+
+
+class Reading(NamedTuple):
+    """The examples, in the file's order; what was wrong with the other rows; what a user should know besides."""
+
+    examples: list[Example]
+    problems: list[Problem]
+    notes: list[str]
+
+
+def read(
+    rows: Iterable[tuple[Place, Row]],
+    *,
+    example: str,
+    columns: Mapping[str, str] | None = None,
+    format: str | None = None,
+    chat: bool = True,
+) -> Reading:
+    """Rows as examples of one type: "preference", "unpaired" or "completion".
+
+    columns maps our names to the user's: {"prompt": "question"}. chat turns transcripts into messages; without it
+    they stay text. Raises RecipeError for a format or a column of ours that does not exist; problems of rows are
+    returned.
+    """
+    columns = dict(columns or {})
+    _check(columns, format)
+    formats = [f for f in FORMATS.values() if f.gives in SOURCES[example]]
+    if format:
+        formats = [f for f in FORMATS.values() if f.name == format]
+    found, used, unused = Reading([], [], []), Counter[str](), Counter[str]()
+    for place, row in rows:
+        try:
+            named = _named(row, columns)
+            chosen = _choose(named, formats, example, format)
+            used[chosen.name] += 1
+            unused.update(named.keys() - {*chosen.keys, *chosen.optional, "weight"})
+            found.examples.extend(_examples(chosen, named, place, example=example, chat=chat))
+        except BadRow as error:
+            found.problems.append(Problem(place, str(error)))
+    found.notes.extend(_notes(used, unused, example))
+    return found
+
+
+def _check(columns: Mapping[str, str], format: str | None) -> None:
+    if format and format not in FORMATS:
+        near = difflib.get_close_matches(format, FORMATS, n=1)
+        meant = f" Did you mean {near[0]}?" if near else ""
+        raise RecipeError(f"format = {format!r}: no such format.{meant} Known: {_known()}.")
+    known = {key for f in FORMATS.values() for key in f.keys + f.optional} | {"weight"}
+    for ours in columns:
+        if ours not in known:
+            near = difflib.get_close_matches(ours, known, n=1)
+            meant = f" Did you mean {near[0]}?" if near else ""
+            raise RecipeError(
+                f"columns = {ours}={columns[ours]}: no format knows a column {ours!r}.{meant} "
+                f"Expected OURS=YOURS, ours one of {', '.join(sorted(known))}."
+            )
+
+
+def _named(row: Row, columns: Mapping[str, str]) -> Row:
+    """The row under our names of the columns, without those that are null."""
+    missing = [yours for yours in columns.values() if yours not in row]
+    if missing:
+        raise BadRow(f"there is no column {missing[0]!r} as --columns says; the row has {sorted(map(str, row))}.")
+    taken = {ours: row[yours] for ours, yours in columns.items()}
+    named = {k: v for k, v in row.items() if k not in columns.values() and k not in columns} | taken
+    named = {k: v for k, v in named.items() if v is not None}
+    for ours, others in SYNONYMS.items():
+        other = next((name for name in others if name in named), None)
+        if ours not in named and other:
+            named[ours] = named.pop(other)
+    return named
+
+
+def _choose(row: Row, formats: list[Format], example: str, asked: str | None) -> Format:
+    """The format with most keys in the row; on a tie the one registered first."""
+    keys = frozenset(row)
+    best = max(formats, key=lambda f: f.matches(keys))
+    if best.matches(keys):
+        return best
+    near = min(formats, key=lambda f: (len(set(f.keys) - keys), -len(keys.intersection(f.keys))))
+    missing = [key for key in near.keys if key not in row]
+    found = sorted(map(str, row))
+    advice = f"Rename the columns with --columns {','.join(f'{key}=YOURS' for key in missing)}"
+    if asked:
+        raise BadRow(f"the format {near} misses {', '.join(missing)} in a row with the keys {found}. {advice}.")
+    reads_other = [f.name for f in FORMATS.values() if f.matches(keys)]
+    other = f"{reads_other[0]} reads them, but gives no {example}. " if reads_other else ""
+    raise BadRow(
+        f"no format reads the keys {found}.\n    {other}Known formats: {'; '.join(map(str, formats))}.\n"
+        f"    Nearest is {near.name}, which misses {', '.join(missing)}. {advice}, or add a function to "
+        "lite/data/formats.py."
+    )
+
+
+def _examples(chosen: Format, row: Row, place: Place, *, example: str, chat: bool) -> list[Example]:
+    one = chosen.reader(row, place)
+    if isinstance(one, Preference) and example != "completion" and _same(one.chosen, one.rejected):
+        raise BadRow("chosen and rejected are identical: expected two different completions. Remove the row.")
+    if chat:
+        one = _spoken(one)
+    if "weight" in row:
+        one = replace(one, weight=_weight(row["weight"]))
+    return _as_type(one, example)
+
+
+def _as_type(one: Example, example: str) -> list[Example]:
+    """The example as the type that the loss learns from; a pair gives two unpaired ones."""
+    if isinstance(one, TYPES[example]):
+        return [one]
+    place, weight = one.place, one.weight
+    if example == "completion" and isinstance(one, Preference):
+        return [PromptCompletion(one.prompt, one.chosen, place, weight)]
+    if example == "completion" and isinstance(one, UnpairedPreference):
+        if not one.label:
+            raise BadRow("label is false: a loss on completions would learn to imitate it. Remove the row.")
+        return [PromptCompletion(one.prompt, one.completion, place, weight)]
+    if example == "unpaired" and isinstance(one, Preference):
+        return [
+            UnpairedPreference(one.prompt, one.chosen, True, place, weight),
+            UnpairedPreference(one.prompt, one.rejected, False, place, weight),
+        ]
+    raise BadRow(f"gives a {type(one).__name__}, which cannot serve as {example}: choose another --format.")
+
+
+def _spoken(one: Example) -> Example:
+    """Transcripts as messages, so that the chat template sets their turns."""
+    if not isinstance(one.prompt, str) or not turns.opens_answer(one.prompt):
+        return one
+    said = {
+        name: turns.spoken(f"\n\nAssistant:{getattr(one, name)}")
+        for name in ("chosen", "rejected", "completion")
+        if hasattr(one, name) and isinstance(getattr(one, name), str)
+    }
+    return replace(one, prompt=turns.prompt(turns.spoken(one.prompt), "prompt"), **said)
+
+
+def _same(chosen: Any, rejected: Any) -> bool:
+    return turns.as_messages(chosen, "assistant") == turns.as_messages(rejected, "assistant")
+
+
+def _weight(value: Any) -> float:
+    try:
+        weight = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        weight = math.nan
+    if not 0 < weight < math.inf:
+        raise BadRow(f"weight = {shown(value)}: expected a number above 0.")
+    return weight
+
+
+def _notes(used: Counter[str], unused: Counter[str], example: str) -> list[str]:
+    notes = [f"{count} rows read as {FORMATS[name]}" for name, count in used.items()]
+    pairs = sum(count for name, count in used.items() if FORMATS[name].gives is Preference)
+    if pairs and example == "completion":
+        notes.append(f"{pairs} rows are pairs: their chosen is the completion, their rejected is not used")
+    if pairs and example == "unpaired":
+        notes.append(f"{pairs} rows are pairs: each gives its chosen as desirable and its rejected as undesirable")
+    if unused:
+        notes.append(f"columns not used: {', '.join(sorted(map(str, unused)))}")
+    return notes
+
+
+def _known() -> str:
+    return "; ".join(map(str, FORMATS.values()))

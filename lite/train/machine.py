@@ -1,0 +1,75 @@
+"""The machine: what a run notes of it, and how much memory has been taken."""
+
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lite
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "liger-kernel", "triton")
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a result may depend on beside the recipe and the data: versions, commit, device, CPU, threads."""
+    return {
+        "lite": lite.__version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        **{package: _version(package) for package in PACKAGES},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "cpu_features": [name for name, has in sorted(torch.cpu.get_capabilities().items()) if has is True],
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most memory taken so far. CUDA: what torch allocated since `reset_peak`; CPU: the process's resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if os.name == "nt":
+        import psutil  # which accelerate brings
+
+        return psutil.Process().memory_info().peak_wset
+    import resource  # is not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+def reset_peak(device: torch.device) -> None:
+    """Let the peak of a CUDA device begin anew; that of a process cannot."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of lite's own source, with a + if it was changed since; None outside a git repository."""
+    root = Path(lite.__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        told = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return told.stdout.strip() or None

@@ -1,0 +1,192 @@
+"""Run: the folder that training leaves, and what a resume compares before it goes on.
+
+runs/NAME/
+  recipe.yaml       every setting; written last of the first four, so that a folder with it is a run
+  identity.json     what the run was started from: recipe, digest of the data, model; a resume refuses another
+  environment.json  versions, commit, device      ledger.json     rows kept, cut and dropped, by reason
+  metrics.jsonl     losses and rewards            speed.jsonl     times and memory
+  checkpoints/      the newest, each whole        samples.json    answers before and after
+  adapter/          the result, with tokenizer    result.json     the numbers at the end; only a finished run has it
+  start_adapter/    a copy of the adapter that the run went on from, if it did
+  rows_skipped.txt  rows that could not be used, if --skip-bad-rows let it go on without them
+"""
+
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lite import recipe as recipes
+from lite.errors import RunError, raise_collected
+from lite.recipe import Recipe
+from lite.train import checkpoints, metrics
+
+RECIPE = "recipe.yaml"
+IDENTITY = "identity.json"
+ENVIRONMENT = "environment.json"
+LEDGER = "ledger.json"
+RESULT = "result.json"
+SKIPPED = "rows_skipped.txt"
+START_ADAPTER = "start_adapter"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run. `result`: run, steps, seconds, peak_bytes, eval_before, eval_after."""
+
+    folder: Path
+    recipe: Recipe
+    result: dict[str, Any]
+
+    @property
+    def adapter(self) -> Path:
+        """The trained adapter, with the tokenizer that belongs to it."""
+        return self.folder / "adapter"
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl."""
+        return metrics.read(self.folder / metrics.METRICS)
+
+
+def free_folder(recipe: Recipe) -> Path:
+    """Where the run will be: the recipe's `output_dir`, else runs/METHOD-MODEL-TIME. Raises RunError if taken."""
+    if recipe.output_dir is not None:
+        folder = Path(recipe.output_dir)
+        if folder.exists() and not folder.is_dir():
+            raise RunError(f"output_dir = {folder}: a file is there. Expected a folder, or nothing.")
+        if (folder / RECIPE).exists():
+            raise RunError(
+                f"output_dir = {folder}: holds a run already. Go on with it by `lite resume {folder}`, "
+                "or name another folder."
+            )
+        return folder
+    method, model = recipe.method.rpartition(":")[2], Path(recipe.model).name
+    name = re.sub(r"[^\w.-]+", "-", f"{method}-{model}-{time.strftime('%Y%m%d-%H%M%S')}")
+    folders = (Path("runs") / f"{name}{suffix}" for suffix in ("", *(f"-{n}" for n in range(2, 1000))))
+    return next(folder for folder in folders if not folder.exists())
+
+
+def create(
+    folder: Path,
+    recipe: Recipe,
+    identity: Mapping[str, Any],
+    notes: Mapping[str, Any],
+    *,
+    skipped: Sequence[str] = (),
+) -> None:
+    """Make the folder a run; `notes` are its other JSON files by name, `skipped` the rows that could not be used.
+
+    Raises RunError if it cannot be written.
+    """
+    try:
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        for name, content in {**notes, IDENTITY: identity}.items():
+            write_json(folder / name, content)
+        if skipped:
+            (folder / SKIPPED).write_text("\n".join(skipped) + "\n", encoding="utf-8")
+        save_recipe(folder, recipe)
+    except OSError as error:
+        raise RunError(
+            f"{folder}: the run cannot be written there: {error.strerror}. Choose another --output-dir."
+        ) from None
+
+
+def save_recipe(folder: Path, recipe: Recipe) -> None:
+    """Write recipe.yaml whole or not at all."""
+    unfinished = folder / f".{RECIPE}"
+    recipe.save(unfinished)
+    _put(unfinished, folder / RECIPE)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    unfinished = path.with_name(f".{path.name}")
+    unfinished.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    _put(unfinished, path)
+
+
+def opened(folder: Path) -> Recipe:
+    """The recipe of a run. Raises RunError if the folder is none."""
+    if not (folder / RECIPE).is_file():
+        raise RunError(f"{folder}: no run is there. Expected the folder of a run, with its {RECIPE}.")
+    return recipes.load(folder / RECIPE)
+
+
+def result(folder: Path) -> dict[str, Any] | None:
+    """The result of a finished run, None of any other."""
+    path = folder / RESULT
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def require_same(folder: Path, identity: Mapping[str, Any], *, but: str = "") -> None:
+    """Raise RunError naming everything that is not as it was when the run started, beside the setting `but`."""
+    before = _identity(folder)
+    now = json.loads(json.dumps(identity))
+    changed = [
+        f"{key}: was {before['recipe'].get(key)!r}, is {now['recipe'].get(key)!r} in {RECIPE}"
+        for key in dict.fromkeys([*before["recipe"], *now["recipe"]])
+        if before["recipe"].get(key) != now["recipe"].get(key) and key != but
+    ]
+    if before["data"] != now["data"]:
+        changed.append(f"data: the rows of {now['recipe']['data']} (or its held-out rows) are not those it began with")
+    changed += [
+        f"model: {key} was {before['model'].get(key)!r}, is {now['model'].get(key)!r}"
+        for key in dict.fromkeys([*before["model"], *now["model"]])
+        if before["model"].get(key) != now["model"].get(key)
+    ]
+    advice = "Put it back as it was; `--max-steps` alone may be raised, by name. Or start a new run with --recipe."
+    raise_collected(RunError, f"{folder} cannot go on, for this has changed since it started:", changed, advice)
+
+
+def planned_steps(folder: Path) -> int:
+    """Steps that the run was started or extended to have."""
+    return _identity(folder)["steps"]
+
+
+def note_environment(folder: Path, now: Mapping[str, Any], note: Callable[[str], None]) -> None:
+    """Say what differs from the machine that the run began on: from here on its last bits may differ too."""
+    before = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
+    changed = [f"{key} {before.get(key)} → {now[key]}" for key in now if before.get(key) != now[key]]
+    if changed:
+        note(f"another environment than the run began in: {', '.join(changed)}")
+
+
+def extend(folder: Path, recipe: Recipe, identity: Mapping[str, Any]) -> None:
+    """Let a run have more steps from now on, whatever happens next."""
+    # The result goes first: a kill between these leaves an unfinished run, which a resume brings to its end again.
+    (folder / RESULT).unlink(missing_ok=True)
+    write_json(folder / IDENTITY, identity)
+    save_recipe(folder, recipe)
+
+
+def start_over(folder: Path) -> None:
+    """Forget what a run wrote before its first checkpoint."""
+    checkpoints.keep_until(folder / "checkpoints", 0)
+    for name in (metrics.METRICS, metrics.SPEED, "samples.json", RESULT):
+        (folder / name).unlink(missing_ok=True)
+
+
+def keep_start_adapter(folder: Path, adapter: Path) -> None:
+    """Copy the adapter that the run goes on from: resume needs it, whatever becomes of the original."""
+    checkpoints.publish(
+        folder / START_ADAPTER, lambda unfinished: shutil.copytree(adapter, unfinished, dirs_exist_ok=True)
+    )
+
+
+def _identity(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / IDENTITY).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{folder / IDENTITY}: cannot be read: {error}. Without it nothing can be compared.") from None
+
+
+def _put(unfinished: Path, final: Path) -> None:
+    checkpoints.sync(unfinished)
+    os.replace(unfinished, final)
+    checkpoints.sync(final.parent)

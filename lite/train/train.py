@@ -1,0 +1,247 @@
+"""The story of a run: data, model, a look at both, the steps, another look, and the adapter that is left.
+
+Resuming is the same story with fewer steps to go. Whatever a later part needs of an earlier one is in the run's folder
+by then, so that a run that was killed and resumed leaves what an undisturbed one leaves: on a CPU, bit for bit.
+"""
+
+import functools
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from lite.data.packs import Batch, Layout, plan_batches
+from lite.data.prepare import Prepared, prepare
+from lite.data.template import AUTO, NONE
+from lite.engine import layout, score, selfcheck
+from lite.engine.forward import Path as ForwardPath
+from lite.engine.step import Objective
+from lite.errors import RunError
+from lite.loss import registry
+from lite.memory.checkpoint import checkpoint_layers
+from lite.model import adapters, load
+from lite.model.attention import install
+from lite.model.head import unwrapped
+from lite.recipe import Recipe
+from lite.train import checkpoints, interrupt, machine, metrics, run, samples, trackers
+from lite.train.progress import Progress, Quiet
+from lite.train.run import Run
+from lite.train.trainer import Batches, Trainer, state
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Work:
+    """All that the steps need, ready to run."""
+
+    recipe: Recipe
+    tokenizer: PreTrainedTokenizerBase
+    data: Prepared
+    model: PeftModel
+    layout: Layout
+    path: ForwardPath
+    objective: Objective
+    progress: Progress
+
+    @property
+    def batches(self) -> Batches:
+        """Every step of the run, in order."""
+        epoch = functools.lru_cache(maxsize=1)(self._epoch)
+        steps_per_epoch = len(epoch(0))
+        steps = self.recipe.max_steps or math.ceil(self.recipe.num_train_epochs * steps_per_epoch)
+        return Batches(epoch, steps_per_epoch, steps)
+
+    def _epoch(self, number: int) -> Sequence[Batch]:
+        size, seed = self.recipe.batch_size, self.recipe.seed
+        return plan_batches(self.data.train, self.layout, batch_size=size, seed=seed, epoch=number)
+
+    def evaluate(self) -> dict[str, float]:
+        """Loss and metrics over the held-out rows."""
+        batches = plan_batches(self.data.held_out, self.layout, batch_size=self.recipe.batch_size)
+        return score.evaluate(self.model, batches, self.objective, self.path)
+
+    def identity(self) -> dict[str, Any]:
+        """What a resume must find unchanged."""
+        return {
+            "recipe": self.recipe.resolved(),
+            "steps": len(self.batches),
+            "data": self.data.digest,
+            "model": _model_identity(self.recipe, self.model),
+        }
+
+
+def train(recipe: Recipe, progress: Progress | None = None) -> Run:
+    """Train an adapter as the recipe says; the finished run.
+
+    Raises a LiteError for what the user can mend, and Interrupted, after a checkpoint, when asked by a signal to stop.
+    """
+    progress = progress or Quiet()
+    try:
+        started = time.perf_counter()
+        folder = run.free_folder(recipe)
+        recipe = adapters.settle(recipe)
+        work = _set_up(recipe, progress, start_adapter=None)
+        if (start_adapter := adapters.continued_from(recipe)) is not None:
+            run.keep_start_adapter(folder, start_adapter)
+        notes = {run.ENVIRONMENT: machine.environment(work.model.device), run.LEDGER: work.data.ledger.to_dict()}
+        run.create(folder, recipe, work.identity(), notes, skipped=work.data.bad_rows)
+        progress.note(f"run: {folder}")
+        return _carry_out(work, folder, None, started)
+    finally:
+        progress.close()
+
+
+def resume(folder: str | Path, max_steps: int | None = None, progress: Progress | None = None) -> Run:
+    """Go on with a run from its newest whole checkpoint, to what it would have been without a stop.
+
+    `max_steps` may be higher than the run's: then the learning rate follows, from the checkpoint on, the schedule of
+    the longer run (a cosine that had come down goes up again), so the result is not that of a run which was as long
+    from its start. Raises RunError if the recipe, the data or the model have changed, naming what; a finished run is
+    returned as it is.
+    """
+    progress = progress or Quiet()
+    try:
+        started = time.perf_counter()
+        folder = Path(folder)
+        recipe = run.opened(folder)
+        result = run.result(folder)
+        if result is not None and max_steps in (None, result["steps"]):
+            progress.note(f"{folder}: finished already, after {result['steps']} steps. --max-steps makes it longer.")
+            return Run(folder, recipe, result)
+        if max_steps is not None and max_steps < run.planned_steps(folder):
+            planned = run.planned_steps(folder)
+            raise RunError(
+                f"--max-steps {max_steps}: {folder} has {planned} planned, which may be raised, not lowered."
+            )
+        start_adapter = folder / run.START_ADAPTER
+        work = _set_up(
+            recipe if max_steps is None else recipe.model_copy(update={"max_steps": max_steps}),
+            progress,
+            start_adapter=start_adapter if start_adapter.is_dir() else None,
+        )
+        run.require_same(folder, work.identity(), but="max_steps" if max_steps is not None else "")
+        if max_steps is not None:
+            run.extend(folder, work.recipe, work.identity())
+        run.note_environment(folder, machine.environment(work.model.device), progress.note)
+        return _carry_out(work, folder, _go_back(folder, progress), started)
+    finally:
+        progress.close()
+
+
+def _set_up(recipe: Recipe, progress: Progress, start_adapter: Path | None) -> Work:
+    """Everything up to step 1. Nothing has been written yet, so a user's mistake leaves no folder behind."""
+    trackers.require(recipe)
+    progress.stage("reading the data")
+    tokenizer = load.load_tokenizer(recipe)
+    data = prepare(recipe, tokenizer)
+    for line in data.ledger.lines():
+        progress.note(line)
+    progress.stage(f"loading {recipe.model}")
+    machine.reset_peak(load.device(recipe))
+    here = recipe if start_adapter is None else recipe.model_copy(update={"adapter": str(start_adapter), "run": None})
+    model = adapters.attach(load.load_model(recipe), here)
+    if recipe.gradient_checkpointing:
+        checkpoint_layers(model)
+    objective = Objective(registry.find(recipe.method), recipe.hyperparameters)
+    path = layout.path_of(recipe)
+    chosen = layout.layout_of(recipe, model)
+    if recipe.self_check:
+        progress.stage("comparing with the plain model")
+        chosen = selfcheck.choose_layout(model, data.train, chosen, path)
+    else:
+        install(model, padded=chosen.padded)
+    return Work(recipe, tokenizer, data, model, chosen, path, objective, progress)
+
+
+def _carry_out(work: Work, folder: Path, checkpoint: Path | None, started: float) -> Run:
+    """The steps from `checkpoint` on, with a look at the held-out rows before and after; the result in the folder."""
+    recipe, progress, batches = work.recipe, work.progress, work.batches
+    request = interrupt.Request()
+    trainer = Trainer(
+        work.model,
+        recipe,
+        batches,
+        objective=work.objective,
+        path=work.path,
+        evaluate=work.evaluate,
+        folder=folder,
+        progress=progress,
+        request=request,
+    )
+    if checkpoint is None:
+        _look(trainer, work, folder, "before")
+    with interrupt.listening(request):
+        progress.steps(len(batches), 0 if checkpoint is None else checkpoints.step_of(checkpoint))
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if request.asked:
+        raise interrupt.Interrupted(folder, trainer.state.global_step)
+    _look(trainer, work, folder, "after")
+    progress.stage("saving the adapter")
+    checkpoints.publish(folder / "adapter", lambda unfinished: _save_adapter(work, unfinished))
+    result = {
+        "run": str(folder),
+        "steps": trainer.state.global_step,
+        "seconds": round(time.perf_counter() - started, 3),
+        "peak_bytes": machine.peak_bytes(work.model.device),
+        "eval_before": metrics.evaluation(folder / metrics.METRICS, 0) or {},
+        "eval_after": metrics.evaluation(folder / metrics.METRICS, trainer.state.global_step) or {},
+    }
+    run.write_json(folder / run.RESULT, result)
+    return Run(folder, recipe, result)
+
+
+def _look(trainer: Trainer, work: Work, folder: Path, when: str) -> None:
+    """Evaluate on the held-out rows, unless this step's evaluation is on record, and answer some of their prompts."""
+    if not work.data.held_out:
+        work.progress.note(f"no held-out rows: nothing to evaluate {when} training")
+        return
+    work.progress.stage(f"evaluating {when} training")
+    found = metrics.evaluation(folder / metrics.METRICS, trainer.state.global_step) or trainer.record_evaluation()
+    work.progress.evaluation(when, found)
+    if work.recipe.samples:
+        answered = samples.answers(work.model, work.tokenizer, work.data, work.recipe.samples)
+        samples.save(folder, when, answered)
+        work.progress.samples(when, answered)
+
+
+def _go_back(folder: Path, progress: Progress) -> Path | None:
+    """The checkpoint to go on from, with everything that was written after it forgotten; None to start over."""
+    checkpoint = checkpoints.newest(folder / "checkpoints", progress.note)
+    if checkpoint is None:
+        progress.note(f"{folder}: no checkpoint yet, so the run starts over")
+        run.start_over(folder)
+        return None
+    checkpoints.keep_until(folder / "checkpoints", checkpoints.step_of(checkpoint))
+    for name, length in state(checkpoint)["lengths"].items():
+        metrics.cut(folder / name, length)
+    progress.note(f"going on after step {checkpoints.step_of(checkpoint)}")
+    return checkpoint
+
+
+def _save_adapter(work: Work, folder: Path) -> None:
+    """The adapter, and what a server needs to stop where the training data did: tokenizer, template, stop tokens."""
+    adapters.save(work.model, folder)
+    if work.recipe.chat_template not in (AUTO, NONE):
+        work.tokenizer.chat_template = Path(work.recipe.chat_template).read_text(encoding="utf-8")
+    work.tokenizer.save_pretrained(str(folder))
+    settings = unwrapped(work.model).generation_config.to_dict() | {"eos_token_id": list(work.data.stop_ids)}
+    settings.pop("_from_model_config", None)  # or a loader would take the model's own stop tokens over these
+    GenerationConfig.from_dict(settings).save_pretrained(str(folder))
+
+
+def _model_identity(recipe: Recipe, model: PeftModel) -> dict[str, Any]:
+    """The model's name and, of a folder, the sizes of its files; of the hub, the commit."""
+    config = unwrapped(model).config
+    folder = Path(config.name_or_path)
+    if not folder.is_dir():
+        return {"name": recipe.model, "commit": config._commit_hash}
+    patterns = ("config.json", "*.safetensors", "*.bin")
+    files = sorted(path for pattern in patterns for path in folder.glob(pattern))
+    return {"name": recipe.model, "files": {path.name: path.stat().st_size for path in files}}

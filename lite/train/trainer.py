@@ -1,0 +1,284 @@
+"""The Trainer of transformers, with the few methods replaced that would train wrongly here.
+
+One Trainer batch is the packs of one optimizer step, and one Trainer epoch is the whole run: the data set is the lazy
+sequence of its batches, in order, so that a step's number says which rows it sees. Left to Trainer: the loop, clipping,
+the scheduler, trackers, and the state that a checkpoint needs. Replaced, each for a reason given there: the step, the
+log, the evaluation, and how checkpoints are written and read.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lite.data.packs import Batch
+from lite.engine import step
+from lite.engine.forward import Path as ForwardPath
+from lite.errors import SHOWN_PROBLEMS, RunError
+from lite.model import adapters
+from lite.recipe import Recipe
+from lite.train import checkpoints, machine, metrics, trackers
+from lite.train.interrupt import Request
+from lite.train.optimizer import optimizer
+from lite.train.progress import Progress
+
+STATE = "lite.json"  # in a checkpoint: what lite adds to Trainer's own state
+
+
+@dataclass(frozen=True)
+class Batches(Sequence[Batch]):
+    """Every step of a run in order: epoch after epoch, each shuffled by `epoch_batches(epoch)`, laid out when read."""
+
+    epoch_batches: Callable[[int], Sequence[Batch]]
+    steps_per_epoch: int
+    steps: int
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, index: int) -> Batch:
+        epoch, position = divmod(index, self.steps_per_epoch)
+        return self.epoch_batches(epoch)[position]
+
+
+def arguments(recipe: Recipe, folder: Path, steps: int, device: torch.device) -> TrainingArguments:
+    """The recipe in Trainer's words. Nothing here can switch on autocast, a gradient scaler or DataParallel."""
+    made = TrainingArguments(
+        output_dir=str(folder / "checkpoints"),
+        max_steps=steps,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=1,  # packs are accumulated inside the step, with the exact normaliser
+        learning_rate=recipe.peak_learning_rate,
+        lr_scheduler_type=recipe.lr_scheduler_type,
+        warmup_steps=math.ceil(recipe.warmup_ratio * steps),
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+        seed=recipe.seed,
+        bf16=False,
+        fp16=False,
+        logging_strategy="steps",
+        logging_steps=recipe.logging_steps,
+        logging_nan_inf_filter=False,  # it would put the mean of earlier losses in the place of a NaN
+        eval_strategy="steps" if recipe.eval_steps else "no",
+        eval_steps=recipe.eval_steps,
+        save_strategy="steps",
+        save_steps=recipe.save_steps,
+        report_to=trackers.named(recipe) or "none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+        use_cpu=device.type == "cpu",
+    )
+    # With two GPUs in sight Trainer wraps the model in DataParallel, which splits a batch that is not a tensor.
+    made._n_gpu = min(made.n_gpu, 1)
+    return made
+
+
+class Trainer(transformers.Trainer):
+    """Trains a model on the batches of a run. Raises RunError at a loss or gradient that is not finite."""
+
+    # The step's loss is final; without this Trainer infers from the model's signature whether to divide it again.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: PeftModel,
+        recipe: Recipe,
+        batches: Batches,
+        *,
+        objective: step.Objective,
+        path: ForwardPath,
+        evaluate: Callable[[], dict[str, float]],
+        folder: Path,
+        progress: Progress,
+        request: Request,
+    ) -> None:
+        self.recipe = recipe
+        self.batches = batches
+        self.objective = objective
+        self.path = path
+        self.score = evaluate
+        self.folder = folder
+        self.progress = progress
+        self.interval = metrics.Interval()
+        super().__init__(
+            model=model,
+            args=arguments(recipe, folder, len(batches), model.device),
+            train_dataset=batches,
+            eval_dataset=[],  # evaluation is `evaluate`; Trainer only wants to see that there is something
+            callbacks=[_Watch(self, request)],
+        )
+        self.remove_callback(PrinterCallback)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The batches in their order; each is one item, already laid out."""
+        return DataLoader(self.batches, batch_size=1, shuffle=False, collate_fn=_only)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], None]:
+        """The next batch. Its normaliser is known to the step, so nothing is counted here."""
+        self.started = time.perf_counter()
+        return [next(epoch_iterator)], None
+
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """Forward and backward of all packs of the batch; the detached loss. Raises RunError on a loss not finite."""
+        model.train()
+        try:
+            result = step.backward(model, inputs, self.objective, self.path)
+        except torch.OutOfMemoryError as error:
+            raise RunError(self._out_of_memory(inputs, error)) from error
+        found = {"loss": result.loss, **result.metrics}
+        # One copy from the GPU, which waits for the step; a float64 sum is the same in whatever parts it is made.
+        values = dict(zip(found, torch.stack([v.double() for v in found.values()]).tolist(), strict=True))
+        self.current = inputs
+        self._require_finite("loss", values["loss"])
+        self.interval.add(values, inputs.tokens)
+        self.latest = {**values, "tokens": inputs.tokens}
+        return result.loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float:
+        """The norm before clipping, checked before the optimizer may use the gradient."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self._require_finite("gradient's norm", float(norm))
+        return norm
+
+    def _require_finite(self, what: str, value: float) -> None:
+        if math.isfinite(value):
+            return
+        places = [str(place) for place in self.current.places]
+        more = f" … and {len(places) - SHOWN_PROBLEMS} more" if len(places) > SHOWN_PROBLEMS else ""
+        kept = checkpoints.listed(self.folder / "checkpoints")
+        raise RunError(
+            f"Step {self.state.global_step + 1}: the {what} is {value}. The run stopped before the weights changed.\n"
+            f"Rows of the step: {', '.join(places[:SHOWN_PROBLEMS])}{more}\n"
+            f"Last checkpoint: {kept[-1] if kept else 'none yet'}. Look at these rows; if they are sound, start again "
+            "with a lower --learning-rate, a longer --warmup-ratio, or --dtype float32."
+        )
+
+    def _out_of_memory(self, batch: Batch, error: Exception) -> str:
+        largest = max(pack.tokens for pack in batch.packs)
+        return (
+            f"Step {self.state.global_step + 1}: out of GPU memory, with {largest:,} tokens in the largest pack. "
+            f"{str(error).splitlines()[0]}\nLower --tokens-per-pack or --chunk-tokens, set --split-pairs for pairs "
+            "that are longer than a pack, lower --max-length, or quantise the base (--4bit)."
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """A line of metrics.jsonl, and the trackers. Trainer's closing summary of times is left to speed.jsonl."""
+        if "loss" in logs:
+            averages = self.interval.averages()
+            loss = averages.pop("loss")
+            rates = {"grad_norm": float(logs["grad_norm"]), "learning_rate": logs["learning_rate"]}
+            record = {"loss": loss, **rates, **averages, "num_tokens": self.interval.num_tokens}
+        elif any(key.startswith("eval_") for key in logs):
+            record = dict(logs)
+        else:
+            return
+        place = {"step": self.state.global_step, "epoch": self.state.epoch or 0.0}
+        metrics.append(self.folder / metrics.METRICS, {**place, **record})
+        super().log(record, start_time)
+        # It would hold every line again in each checkpoint; metrics.jsonl has them.
+        self.state.log_history.clear()
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Held-out metrics, by lite's own pass: Trainer's takes a list of packs for a batch of one and weighs it so."""
+        found = self.record_evaluation()
+        self.progress.evaluation(f"at step {self.state.global_step}", found)
+        return found
+
+    def record_evaluation(self) -> dict[str, float]:
+        """Held-out metrics, written to metrics.jsonl under TRL's eval_ names."""
+        found = {f"eval_{name}": value for name, value in self.score().items()}
+        self.log(dict(found))
+        return found
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The recipe's."""
+        if self.optimizer is None:
+            self.optimizer = optimizer(self.model, self.recipe)
+        return self.optimizer
+
+    def floating_point_ops(self, inputs: Batch) -> int:
+        """Not counted: Trainer's count looks for input ids in the batch."""
+        return 0
+
+    def _save_checkpoint(self, model: nn.Module, trial: None) -> None:
+        """Staged, not in place: see checkpoints.write."""
+        parent = self.folder / "checkpoints"
+        checkpoints.write(parent, self.state.global_step, self._fill)
+        checkpoints.prune(parent, self.recipe.save_total_limit)
+
+    def _fill(self, folder: Path) -> None:
+        adapters.save(self.model, folder)
+        self._save_optimizer_and_scheduler(str(folder))
+        self._save_rng_state(str(folder))
+        self.state.save_to_json(str(folder / "trainer_state.json"))
+        lengths = {name: metrics.size(self.folder / name) for name in (metrics.METRICS, metrics.SPEED)}
+        state = {"lengths": lengths, "interval": asdict(self.interval), "steps": len(self.batches)}
+        (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """The adapter, in its own dtype: Trainer would go through peft's load_adapter, which makes bf16 fp32."""
+        folder = Path(resume_from_checkpoint)
+        adapters.load(self.model, folder)
+        self.interval = metrics.Interval(**state(folder)["interval"])
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Trainer's; and if the run has been made longer, the learning rate of the longer schedule from here on."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and state(Path(checkpoint))["steps"] != len(self.batches):
+            schedule = self.lr_scheduler
+            for group, base, factor in zip(
+                self.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+            ):
+                group["lr"] = base * factor(schedule.last_epoch)
+
+
+def state(checkpoint: Path) -> dict[str, Any]:
+    """What lite adds to a checkpoint: the lengths of the run's logs, the open interval, the steps of its schedule."""
+    return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+
+
+class _Watch(TrainerCallback):
+    """After each step: the line of speed.jsonl, the progress bar, and the end if a signal has asked for it."""
+
+    def __init__(self, trainer: Trainer, request: Request) -> None:
+        self.trainer = trainer
+        self.request = request
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        trainer = self.trainer
+        # Trainer's epoch is the whole run here; users mean a pass over their rows.
+        state.epoch = state.global_step / trainer.batches.steps_per_epoch
+        seconds = time.perf_counter() - trainer.started
+        tokens = trainer.latest["tokens"]
+        speed = {
+            "seconds": seconds,
+            "tokens": tokens,
+            "tokens_per_second": tokens / seconds,
+            "memory_bytes": machine.peak_bytes(args.device),
+        }
+        metrics.append(trainer.folder / metrics.SPEED, {"step": state.global_step, **speed})
+        trainer.progress.step(state.global_step, {**trainer.latest, **speed})
+        if self.request.asked:
+            control.should_save = control.should_training_stop = True
+        return control
+
+
+def _only(items: list[Batch]) -> Batch:
+    return items[0]

@@ -59,8 +59,14 @@ class Pack:
 
     def to(self, device: torch.device) -> "Pack":
         """The same pack with its tensors on `device`."""
-        moved = {f.name: v.to(device, non_blocking=True) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
-        roles = {name: replace(role, offsets=role.offsets.to(device, non_blocking=True)) for name, role in self.roles.items()}
+        moved = {
+            f.name: v.to(device, non_blocking=True)
+            for f in fields(self)
+            if isinstance(v := getattr(self, f.name), Tensor)
+        }
+        roles = {
+            name: replace(role, offsets=role.offsets.to(device, non_blocking=True)) for name, role in self.roles.items()
+        }
         return replace(self, roles=roles, **moved)
 
 
@@ -147,7 +153,9 @@ def lay_out(examples: Sequence[TokenExample], layout: Layout) -> Batch:
     for units in _fit([unit for i, e in enumerate(examples) for unit in _units(i, e, layout)], examples, layout):
         whole = sorted({u.example for u in units if len(u.completions) == len(examples[u.example].completions)})
         build = _padded_pack if layout.padded else _packed_pack
-        packs.append(build(sorted(units), examples, layout, share[whole], None if desirable is None else desirable[whole]))
+        packs.append(
+            build(sorted(units), examples, layout, share[whole], None if desirable is None else desirable[whole])
+        )
     scored = sum(len(pack.labels) for pack in packs)
     return Batch(tuple(packs), tuple(e.place for e in examples), float(weights.sum()), scored, share, desirable)
 
@@ -192,7 +200,9 @@ def _fit(units: list[_Unit], examples: Sequence[TokenExample], layout: Layout) -
 def _size(units: list[_Unit], examples: Sequence[TokenExample], layout: Layout) -> int:
     if not layout.padded:
         return sum(unit.tokens for unit in units)
-    lengths = [len(examples[u.example].prompt) + len(examples[u.example].completions[c]) for u in units for c in u.completions]
+    lengths = [
+        len(examples[u.example].prompt) + len(examples[u.example].completions[c]) for u in units for c in u.completions
+    ]
     return len(lengths) * max(lengths)
 
 
@@ -215,9 +225,13 @@ def _packed_pack(
             branches.append(Branch(begin, begin + len(completion), root))
             ids += completion
             positions += range(depth, depth + len(completion))
-            scored.completion(c, unit.example, completion, [start + depth - 1, *range(begin, begin + len(completion) - 1)])
+            scored.completion(
+                c, unit.example, completion, [start + depth - 1, *range(begin, begin + len(completion) - 1)]
+            )
     rows = torch.tensor([ids, positions])
-    return Pack(rows[:1], rows[1:], None, tuple(branches), *scored.tensors(), tuple(_whole(units, examples)), share, desirable)
+    return Pack(
+        rows[:1], rows[1:], None, tuple(branches), *scored.tensors(), tuple(_whole(units, examples)), share, desirable
+    )
 
 
 def _padded_pack(

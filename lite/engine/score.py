@@ -12,7 +12,11 @@ from lite.loss.logps import Logps
 
 
 def evaluate(
-    model: Model, batches: Iterable[Batch], objective: Objective, path: Path, done: Callable[[int], None] = lambda _: None
+    model: Model,
+    batches: Iterable[Batch],
+    objective: Objective,
+    path: Path,
+    done: Callable[[int], None] = lambda _: None,
 ) -> dict[str, float]:
     """`loss` and the loss's metrics, averaged over all examples of all batches with their weights; no gradient.
 

@@ -127,8 +127,14 @@ def _plain(model: Model, trials: Sequence[TokenExample], layout: Layout, *, pad:
                 at = slice(length - keep, length - 1)
                 logits = base(input_ids=ids, attention_mask=mask, use_cache=False).logits[0, at]
                 labels = torch.tensor(completion, device=device)[:, None]
-                logps.append(torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1).gather(1, labels)[:, 0])
-                hidden.append(backbone(model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[0, at])
+                logps.append(
+                    torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1).gather(
+                        1, labels
+                    )[:, 0]
+                )
+                hidden.append(
+                    backbone(model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[0, at]
+                )
     return _Outcome(logps, hidden)
 
 

@@ -127,40 +127,45 @@ class _Recomputed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, labels, weight, bias, a, b = ctx.saved_tensors
-        settings, needs = ctx.settings, dict(zip(("hidden", "", "", "weight", "bias", "a", "b"), ctx.needs_input_grad))
+        head, needs = ctx.settings.head, dict(zip(_INPUTS, ctx.needs_input_grad, strict=True))
+        d_hidden = torch.empty_like(hidden) if needs["hidden"] else None
         # Sums over chunks are kept in fp32: hundreds of bf16 additions would lose what the later chunks add.
         sums = {
-            name: torch.zeros_like(p, dtype=softmax.accumulator(p.dtype))
-            for name, p in (("weight", weight), ("bias", bias), ("a", a), ("b", b))
+            name: torch.zeros_like(parameter, dtype=softmax.accumulator(parameter.dtype))
+            for name, parameter in zip(_INPUTS[3:], (weight, bias, a, b), strict=True)
             if needs[name]
         }
-        d_hidden = torch.empty_like(hidden) if needs["hidden"] else None
-        for chunk in settings.chunks(len(hidden)):
+        for chunk in ctx.settings.chunks(len(hidden)):
             h = hidden[chunk]
-            logits = _logits(h, settings.head)
-            softmax.logps_in_place(logits, labels[chunk], settings.head, slope=True, kernel=settings.kernel)
+            logits = _logits(h, head)
+            softmax.logps_in_place(logits, labels[chunk], head, slope=True, kernel=ctx.settings.kernel)
             slope = logits.mul_(grad[chunk].neg()[:, None]).to(h.dtype)
             del logits
             if needs["hidden"]:
                 torch.mm(slope, weight, out=d_hidden[chunk])
-                if settings.head.low_rank:
-                    d_hidden[chunk] += _through_low_rank(slope, settings.head.low_rank, h.dtype)
+                if head.low_rank:
+                    d_hidden[chunk] += _through_low_rank(slope, head.low_rank, h.dtype)
             if needs["weight"]:
-                sums["weight"] += slope.t() @ h
+                sums["weight"] += _precise(slope.t(), h)
             if needs["bias"]:
                 sums["bias"] += slope.sum(0, dtype=sums["bias"].dtype)
             if needs["b"]:
-                scaling = settings.head.low_rank.scaling
-                sums["b"] += (slope.t() @ (h @ a.to(h.dtype).t())) * scaling
-                sums["a"] += ((slope @ b.to(h.dtype)).t() @ h) * scaling
+                sums["b"] += _precise(slope.t(), h @ a.to(h.dtype).t()) * head.low_rank.scaling
+                sums["a"] += _precise((slope @ b.to(h.dtype)).t(), h) * head.low_rank.scaling
             del slope
-        grads = {name: total.to(p.dtype) for (name, total), p in zip(sums.items(), _of(sums, weight, bias, a, b))}
-        return d_hidden, None, None, grads.get("weight"), grads.get("bias"), grads.get("a"), grads.get("b")
+        dtype = {"weight": weight, "bias": bias, "a": a, "b": b}
+        return d_hidden, None, None, *(sums[n].to(dtype[n].dtype) if n in sums else None for n in _INPUTS[3:])
 
 
-def _of(sums: dict[str, Tensor], weight: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None) -> list[Tensor]:
-    by_name = {"weight": weight, "bias": bias, "a": a, "b": b}
-    return [by_name[name] for name in sums]
+_INPUTS = ("hidden", "labels", "settings", "weight", "bias", "a", "b")  # of _Recomputed.forward
+
+
+def _precise(left: Tensor, right: Tensor) -> Tensor:
+    """left · right, not rounded to bf16."""
+    dtype = softmax.accumulator(left.dtype)
+    if left.is_cuda and dtype != left.dtype:
+        return torch.mm(left, right, out_dtype=dtype)
+    return left.to(dtype) @ right.to(dtype)
 
 
 def _logits(hidden: Tensor, head: Head) -> Tensor:

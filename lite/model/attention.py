@@ -73,9 +73,13 @@ class BranchTable:
         """(queries, keys), 0 where the last `queries` of `keys` positions see a key and −inf elsewhere."""
         key = (queries, keys, window or 0, dtype.itemsize)
         if key not in self.masks:
-            behind = torch.arange(keys - queries, keys, device=self.device)[:, None] - torch.arange(keys, device=self.device)
+            behind = torch.arange(keys - queries, keys, device=self.device)[:, None] - torch.arange(
+                keys, device=self.device
+            )
             hidden = (behind < 0) | (behind >= (window or keys))
-            self.masks[key] = torch.zeros(queries, keys, dtype=dtype, device=self.device).masked_fill_(hidden, float("-inf"))
+            self.masks[key] = torch.zeros(queries, keys, dtype=dtype, device=self.device).masked_fill_(
+                hidden, float("-inf")
+            )
         return self.masks[key]
 
 
@@ -118,7 +122,9 @@ def plain_attention(model: nn.Module) -> Iterator[None]:
 
 
 def _configs(model: nn.Module) -> list[Any]:
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")}
+    configs = {
+        id(m.config): m.config for m in model.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")
+    }
     return list(configs.values())
 
 
@@ -165,7 +171,9 @@ def _choose(implementation: Implementation, query: Tensor, softcap: float | None
             f"{query.dtype} on {query.device} with heads of {query.shape[-1]}. Use auto, sdpa or eager."
         )
     if softcap is not None and implementation in ("varlen", "sdpa"):
-        raise ModelError(f"attn_implementation = {implementation}: has no cap on scores ({softcap}). Use auto or eager.")
+        raise ModelError(
+            f"attn_implementation = {implementation}: has no cap on scores ({softcap}). Use auto or eager."
+        )
     return {"varlen": _varlen, "flash": _flash, "sdpa": _sdpa, "eager": _eager}[implementation]
 
 
@@ -177,7 +185,13 @@ def _gather(tensor: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
 
 def _by_segment(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def whole(
-        query: Tensor, key: Tensor, value: Tensor, table: BranchTable, scaling: float | None, window: int | None, cap: float | None
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        table: BranchTable,
+        scaling: float | None,
+        window: int | None,
+        cap: float | None,
     ) -> Tensor:
         outputs = []
         for segment in table.segments:
@@ -190,7 +204,9 @@ def _by_segment(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 @_by_segment
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, table: BranchTable, scaling: float | None, window: int | None, cap: None) -> Tensor:
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, table: BranchTable, scaling: float | None, window: int | None, cap: None
+) -> Tensor:
     causal = q.shape[2] == k.shape[2] and window is None
     mask = None if causal else table.mask(q.shape[2], k.shape[2], window, q.dtype)
     grouped = q.shape[1] != k.shape[1]
@@ -224,12 +240,27 @@ def _varlen(
     window_size = (-1 if window is None else window - 1, 0)
     grouped = q.shape[1] != k.shape[1]
     return varlen_attn(
-        q, k, v, cumulative_q, cumulative_k, longest_q, longest_k, scale=scaling, window_size=window_size, enable_gqa=grouped
+        q,
+        k,
+        v,
+        cumulative_q,
+        cumulative_k,
+        longest_q,
+        longest_k,
+        scale=scaling,
+        window_size=window_size,
+        enable_gqa=grouped,
     )[None]
 
 
 def _flash(
-    query: Tensor, key: Tensor, value: Tensor, table: BranchTable, scaling: float | None, window: int | None, cap: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    table: BranchTable,
+    scaling: float | None,
+    window: int | None,
+    cap: float | None,
 ) -> Tensor:
     """The flash-attn package: as `_varlen`, and it has a cap on scores."""
     flash = _flash_attn()

@@ -45,7 +45,11 @@ def head_of(model: PreTrainedModel | PeftModel) -> Head:
     settings: dict[str, Any] = config.to_dict()
     scale = settings.get("logit_scale") or 1.0
     return Head(
-        module.weight, module.bias, scale / (settings.get("logits_scaling") or 1.0), settings.get("final_logit_softcapping"), low_rank
+        module.weight,
+        module.bias,
+        scale / (settings.get("logits_scaling") or 1.0),
+        settings.get("final_logit_softcapping"),
+        low_rank,
     )
 
 
@@ -55,5 +59,7 @@ def _low_rank(layer: LoraLayer) -> LowRank | None:
         return None
     (name,) = adapters
     if layer.use_dora.get(name) or getattr(layer.lora_dropout[name], "p", 0.0):
-        raise ModelError("The head's adapter has DoRA or dropout, which only the plain path computes. Leave lm_head out.")
+        raise ModelError(
+            "The head's adapter has DoRA or dropout, which only the plain path computes. Leave lm_head out."
+        )
     return LowRank(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])

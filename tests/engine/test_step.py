@@ -1,0 +1,159 @@
+"""A step does not depend on how it was laid out: the same loss and gradient however the batch is cut up and ordered."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from lite.data.examples import TokenExample
+from lite.data.packs import Layout, lay_out
+from lite.engine.forward import Path
+from lite.engine.step import Objective, backward, measure
+from lite.loss import registry
+from lite.loss.logps import Logps
+from lite.loss.registry import Loss, Scored
+from lite.memory.checkpoint import checkpoint_layers
+from lite.model.attention import install
+from lite.model.rotary import regimes
+
+ROLES = ("chosen", "rejected")
+
+
+def objective(name: str = "orpo", **hyperparameters: object) -> Objective:
+    loss = registry.find(name)
+    return Objective(loss, {**{h.name: h.default for h in loss.signature.hyperparameters.values()}, **hyperparameters})
+
+
+def coupled(chosen: Logps, rejected: Logps, *, beta: float = 0.5) -> Scored:
+    """A loss whose examples know each other: each margin against the batch's mean margin."""
+    margin = beta * (chosen.mean - rejected.mean)
+    return Scored(-torch.nn.functional.logsigmoid(margin - margin.mean().square()), {"margin": margin.detach()})
+
+
+WHOLE_BATCH = replace(registry.find("orpo").signature, whole_batch=True)
+COUPLED = Objective(Loss(replace(WHOLE_BATCH, data=ROLES), coupled), {"beta": 0.5})
+
+
+def outcome(model, examples, objective: Objective, path: Path = Path(), **layout) -> tuple[Tensor, list[Tensor]]:
+    layout = Layout(ROLES, rotary_bound=regimes(model.config).bound, **layout)
+    install(model, padded=layout.padded)
+    model.zero_grad()
+    loss = backward(model, lay_out(examples, layout), objective, path).loss
+    return loss, [p.grad.clone() for p in model.parameters()]
+
+
+def assert_same(one, other, tolerance: float) -> None:
+    assert abs(float(one[0] - other[0])) <= max(tolerance, 1e-6) * abs(float(one[0]))  # metrics are kept in fp32
+    total = torch.stack([g.norm() for g in one[1]]).norm()
+    difference = torch.stack([(a - b).norm() for a, b in zip(one[1], other[1], strict=True)]).norm()
+    assert float(difference / total) <= tolerance
+
+
+LAYOUTS = [
+    {"tokens_per_pack": 90}, {"tokens_per_pack": 10}, {"padded": True}, {"padded": True, "tokens_per_pack": 1},
+    {"tokens_per_pack": 40, "split_pairs": True}, {"tokens_per_pack": 1, "split_pairs": True},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize(
+    "which", [objective(), objective(nll_over="sequence"), COUPLED], ids=["orpo", "sequence", "coupled"]
+)
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma2", "phi3-longrope"])
+def test_any_layout_gives_the_same_step_in_fp64(
+    tiny_model, token_examples, architecture: str, which: Objective, layout: dict
+):
+    model, examples = tiny_model(architecture, dtype=torch.float64), token_examples()
+    layout = {**layout, "score_prompt": which.hyperparameters.get("nll_over") == "sequence"}
+    whole = outcome(model, examples, which, tokens_per_pack=10_000, score_prompt=layout["score_prompt"])
+    assert_same(whole, outcome(model, examples, which, **layout), 1e-10)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_any_layout_gives_the_same_step_in_fp32(tiny_model, token_examples, layout: dict):
+    model, examples = tiny_model("qwen3"), token_examples()
+    assert_same(outcome(model, examples, objective()), outcome(model, examples, objective(), **layout), 1e-5)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 13, 10_000])
+def test_any_chunk_gives_the_same_step(tiny_model, token_examples, chunk_tokens: int):
+    model, examples = tiny_model("qwen3", dtype=torch.float64), token_examples()
+    assert_same(outcome(model, examples, objective()), outcome(model, examples, objective(), Path(chunk_tokens)), 1e-10)
+
+
+def test_the_order_inside_a_batch_does_not_matter(tiny_model, token_examples):
+    model, examples = tiny_model("qwen3", dtype=torch.float64), token_examples()
+    for which in (objective(), COUPLED):
+        one = outcome(model, examples, which, tokens_per_pack=90)
+        assert_same(one, outcome(model, examples[::-1], which, tokens_per_pack=90), 1e-10)
+
+
+def test_checkpointing_gives_the_same_step(tiny_model, token_examples):
+    model, examples = tiny_model("qwen3", dtype=torch.float64).train(), token_examples()
+    plain = outcome(model, examples, objective())
+    checkpoint_layers(model)
+    assert_same(plain, outcome(model, examples, objective()), 1e-12)
+
+
+def test_streaming_equals_two_passes(tiny_model, token_examples):
+    """ORPO declared `whole_batch` goes through both passes; its gradient is that of streaming."""
+    model, examples = tiny_model("qwen3", dtype=torch.float64), token_examples()
+    streamed = objective()
+    two_pass = Objective(Loss(WHOLE_BATCH, streamed.loss.function), streamed.hyperparameters)
+    assert_same(
+        outcome(model, examples, streamed, tokens_per_pack=60),
+        outcome(model, examples, two_pass, tokens_per_pack=60),
+        1e-10,
+    )
+
+
+def test_two_passes_draw_the_same_dropout(tiny_model, token_examples):
+    """With dropout on, the gradient belongs to the loss that was reported: a step against it lowers that very loss."""
+    model, examples = tiny_model("qwen3", dtype=torch.float64), token_examples()
+    layer = model.model.layers[0].mlp
+    layer.down_proj = torch.nn.Sequential(torch.nn.Dropout(0.5), layer.down_proj)
+    model.train()
+    torch.manual_seed(3)
+    loss, gradient = outcome(model, examples, COUPLED, tokens_per_pack=60)
+    with torch.no_grad():
+        for parameter, grad in zip(model.parameters(), gradient, strict=True):
+            parameter -= 1e-6 * grad
+    torch.manual_seed(3)
+    after, _ = outcome(model, examples, COUPLED, tokens_per_pack=60)
+    predicted = 1e-6 * float(torch.stack([g.norm() for g in gradient]).norm() ** 2)
+    assert float(loss - after) == pytest.approx(predicted, rel=0.1, abs=2e-7)
+
+
+def test_weights_scale_an_examples_share(tiny_model, token_examples):
+    """A row of weight 2 counts as two rows of weight 1."""
+    model, (one, two, *_) = tiny_model("qwen3", dtype=torch.float64), token_examples()
+    doubled = TokenExample(one.prompt, one.completions, one.place, weight=2.0)
+    assert_same(outcome(model, [one, one, two], objective()), outcome(model, [doubled, two], objective()), 1e-10)
+
+
+def test_sft_is_the_token_mean_of_the_batch(tiny_model, token_examples):
+    """However rows are split, the loss is Σ nll of all completion tokens / their number."""
+    model = tiny_model("qwen3", dtype=torch.float64)
+    examples = [TokenExample(e.prompt, e.completions[:1], e.place) for e in token_examples()]
+    install(model)
+    for budget in (10_000, 20):
+        layout = Layout(("completion",), budget, weigh_by="tokens")
+        batch = lay_out(examples, layout)
+        result = measure(model, batch, objective("sft"), Path())
+        total = sum(
+            -float(measure(model, lay_out([e], layout), objective("sft"), Path()).loss) * -len(e.completions[0])
+            for e in examples
+        )
+        assert float(result.loss) == pytest.approx(total / sum(len(e.completions[0]) for e in examples), rel=1e-6)
+
+
+def test_measure_reports_what_backward_reports(tiny_model, token_examples):
+    model, examples = tiny_model("qwen3"), token_examples()
+    install(model)
+    batch = lay_out(examples, Layout(ROLES, 90))
+    one, other = backward(model, batch, objective(), Path()), measure(model, batch, objective(), Path())
+    assert float(one.loss) == pytest.approx(float(other.loss), rel=1e-5)
+    assert one.metrics.keys() == other.metrics.keys()
+    for name, value in one.metrics.items():
+        assert float(value) == pytest.approx(float(other.metrics[name]), rel=1e-5, abs=1e-6)

@@ -17,25 +17,30 @@ NAMED_BY_USER = {"model", "data", "run", "adapter"}  # with none of them and no 
 
 def main(method: str, arguments: Sequence[str]) -> int:
     """Train by `method` as the arguments say, or show their help; return the exit status."""
-    signature = signatures.find(method)
-    settings = list(options.settings(signature))
-    program = f"lite {method}"
     if {"-h", "--help"} & set(arguments):
         from lite.cli import help
 
-        help.verb(program, f"{signature.summary}\n\n{signature.explanation}".rstrip(), [*settings, *options.OWN])
+        signature = signatures.find(method)
+        text = f"{signature.summary}\n\n{signature.explanation}".rstrip()
+        help.verb(f"lite {method}", text, [*options.settings(signature), *options.OWN])
         return 0
+    recipe, as_json = understood(method, arguments)
+    from lite.cli import session
+
+    return session.train(recipe, as_json=as_json)
+
+
+def understood(method: str, arguments: Sequence[str]) -> tuple[recipes.Recipe, bool]:
+    """What was typed: the recipe, and whether the result is to be JSON. Raises RecipeError."""
     from lite.cli.parse import parse
 
-    given = parse(arguments, [*settings, *options.OWN], program=program)
+    settings = [*options.settings(signatures.find(method)), *options.OWN]
+    given = parse(arguments, settings, program=f"lite {method}")
     as_json, file = given.pop("json", False), given.pop("recipe", None)
     if file is None and not given.keys() & NAMED_BY_USER:
         file = _from_here(BUNDLED_RECIPE)
         print(f"no --model, no --data: the bundled example, settings from {file}", file=sys.stderr)
-    recipe = compose(method, given, file=Path(file) if file else None)
-    from lite.cli import session
-
-    return session.train(recipe, as_json=as_json)
+    return compose(method, given, file=Path(file) if file else None), as_json
 
 
 def compose(method: str, given: Mapping[str, Any], *, file: Path | None = None) -> recipes.Recipe:

@@ -1,0 +1,101 @@
+"""Losses read from source: what becomes a setting, and what is refused with its line."""
+
+from pathlib import Path
+
+import pytest
+
+from lite import signatures
+from lite.errors import RecipeError
+
+LOSS = '''
+from lite.loss.registry import Scored, loss
+
+@loss(learning_rate=3e-6, weigh_by="tokens")
+def margin(chosen, rejected, *, beta: float = 0.1, kind: Literal["hinge", "square"] = "hinge", steps: int = 2):
+    """A margin between the two.
+
+    loss = max(0, 1 − beta · gap)
+
+    beta: strength.
+    kind: shape of the penalty.
+
+    Source: nobody.
+    """
+
+def not_a_loss(chosen): ...
+'''
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "own.py"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def refusal(folder: Path, text: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        signatures.read(written(folder, text))
+    return str(caught.value)
+
+
+def test_a_loss_of_the_users_own(tmp_path: Path) -> None:
+    signature = signatures.find(f"{written(tmp_path, LOSS)}:margin")
+    assert signature.summary == "A margin between the two."
+    assert signature.explanation.split() == ["loss", "=", "max(0,", "1", "−", "beta", "·", "gap)", "Source:", "nobody."]
+    assert signature.learning_rate == 3e-6
+    assert signature.weigh_by == "tokens"
+    assert signature.example == "preference"
+    assert [(h.name, h.default, h.help, h.choices) for h in signature.hyperparameters.values()] == [
+        ("beta", 0.1, "strength.", ()),
+        ("kind", "hinge", "shape of the penalty.", ("hinge", "square")),
+        ("steps", 2, "", ()),
+    ]
+
+
+def test_the_decorator_may_be_named_with_its_module(tmp_path: Path) -> None:
+    text = "from lite.loss import registry\n@registry.loss\ndef mine(completion): ...\n"
+    assert list(signatures.read(written(tmp_path, text))) == ["mine"]
+
+
+def test_only_functions_under_loss_are_losses(tmp_path: Path) -> None:
+    path = written(tmp_path, LOSS)
+    assert list(signatures.read(path)) == ["margin"]
+    with pytest.raises(RecipeError, match="Did you mean margin"):
+        signatures.find(f"{path}:margn")
+
+
+def test_a_file_without_losses_says_so(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no function under `@loss`"):
+        signatures.find(f"{written(tmp_path, 'x = 1')}:x")
+
+
+@pytest.mark.parametrize(
+    ("function", "problem"),
+    [
+        ("@loss\ndef f(chosen, reject): ...", "own.py:2: f asks for reject."),
+        ("@loss\ndef f(chosen, *, beta=0.1): ...", "own.py:2: f's hyperparameter beta needs a type and a default"),
+        ("@loss\ndef f(chosen, *, beta: float): ...", "own.py:2: f's hyperparameter beta needs a type and a default"),
+        ("@loss\ndef f(chosen, *, beta: list = ()): ...", "own.py:2: a hyperparameter of type list cannot be a flag."),
+        ("@loss\ndef f(chosen, *, beta: float = X): ...", "own.py:2: X is computed."),
+        ("@loss(rate=1)\ndef f(chosen): ...", "own.py:2: @loss has no option rate."),
+        ("@loss\ndef f(chosen:", "own.py:2:"),
+    ],
+)
+def test_what_cannot_be_a_loss_is_refused_with_its_line(function: str, problem: str, tmp_path: Path) -> None:
+    assert problem in refusal(tmp_path, function)
+
+
+def test_a_hyperparameter_takes_its_own_type_only() -> None:
+    beta = signatures.Hyperparameter("beta", float, 0.1, "")
+    assert beta.problem(1) is None
+    for value in ("1", True, float("nan"), float("inf"), None):
+        assert beta.problem(value) == f"beta = {value!r}: expected a number."
+    flag = signatures.Hyperparameter("flag", bool, False, "")
+    assert flag.problem(True) is None
+    assert flag.problem(1) == "flag = 1: expected true or false."
+
+
+def test_every_hyperparameter_of_lite_has_a_help_line() -> None:
+    for signature in signatures.read(signatures.LOSSES).values():
+        assert signature.summary
+        assert all(h.help for h in signature.hyperparameters.values()), signature.name

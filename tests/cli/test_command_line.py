@@ -137,7 +137,7 @@ def test_a_fault_of_lite_is_told_as_one(capsys: pytest.CaptureFixture[str]) -> N
     """No input reaches one on purpose, so the caller errs: an argument that is no text."""
     assert main([7]) == 1
     said = capsys.readouterr().err
-    assert "AttributeError" in said
+    assert "TypeError" in said
     assert "This is a fault of lite" in said
 
 
@@ -146,10 +146,10 @@ def test_ctrl_c_before_a_run_is_130(tmp_path: Path) -> None:
     pipe = tmp_path / "recipe.yaml"
     os.mkfifo(pipe)
     code = f"import sys; from lite.cli import main; sys.exit(main(['orpo', '--recipe', {str(pipe)!r}]))"
-    with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) as process:
-        with pipe.open("w"):  # opens once it reads
-            process.send_signal(signal.SIGINT)
-            _, said = process.communicate(timeout=60)
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    with process, pipe.open("w"):  # opens once it reads
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
     assert process.returncode == 130
     assert said == "stopped\n"
 

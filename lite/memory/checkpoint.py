@@ -8,7 +8,8 @@ from functools import partial
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lite.model.layers import decoder_layers, unwrapped
+from lite.model.head import unwrapped
+from lite.model.layers import decoder_layers
 
 
 def checkpoint_layers(model: nn.Module, count: int | None = None) -> int:

@@ -6,6 +6,7 @@ any user of peft loads; what is loaded must fit tensor for tensor, or is refused
 
 import copy
 import logging
+import warnings
 from pathlib import Path
 
 import torch
@@ -17,7 +18,8 @@ from transformers import PreTrainedModel
 
 from lite.errors import ModelError, raise_collected
 from lite.model import lora
-from lite.model.layers import decoder_layers, unwrapped
+from lite.model.head import unwrapped
+from lite.model.layers import decoder_layers
 from lite.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -41,8 +43,9 @@ def attach(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
         _check_fit(model, _read(folder), folder)
         _note_base(model, config, folder)
     # peft makes A on the CPU and then moves it, so the CPU's generator alone decides how it starts.
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.manual_seed(recipe.seed)
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers, about names that peft uses
         adapted = get_peft_model(model, config)
     lora.replace_forward(adapted)
     if folder is not None:
@@ -75,10 +78,12 @@ def load(model: PeftModel, folder: Path) -> None:
     shapes, and nothing was copied.
     """
     saved, live = _read(folder), _state(model)
-    problems = [f"{name}: missing in the file, the model has {tuple(live[name].shape)}" for name in live.keys() - saved]
-    problems += [f"{name}: {tuple(saved[name].shape)}, the model has no such tensor" for name in saved.keys() - live]
+    problems = [f"{name}: missing in the file, the model has {_shape(live, name)}" for name in live.keys() - saved]
     problems += [
-        f"{name}: {tuple(saved[name].shape)} in the file, {tuple(live[name].shape)} in the model"
+        f"{name}: {_shape(saved, name)} in the file, the model has no such tensor" for name in saved.keys() - live
+    ]
+    problems += [
+        f"{name}: {_shape(saved, name)} in the file, the model's is {_shape(live, name)}"
         for name in live.keys() & saved
         if live[name].shape != saved[name].shape
     ]
@@ -235,6 +240,10 @@ def _state(model: PeftModel) -> dict[str, Tensor]:
     # Handing in the parameters keeps peft from packing the whole quantised base into a state dict;
     # save_embedding_layers, from asking the hub whether the vocabulary has grown.
     return get_peft_model_state_dict(model, state_dict=dict(model.named_parameters()), save_embedding_layers=False)
+
+
+def _shape(tensors: dict[str, Tensor], name: str) -> tuple[int, ...]:
+    return tuple(tensors[name].shape)
 
 
 def _read(folder: Path) -> dict[str, Tensor]:

@@ -168,7 +168,7 @@ def resolve(name: str) -> str:
 def config(shape: Shape) -> "PreTrainedConfig":
     """A transformers config of this shape, for plans and benchmarks without a download.
 
-    Sizes only: rotary base, scales and special tokens are transformers' defaults, so load weights with their own config.
+    Sizes only: rotary base, scales and special tokens are transformers' defaults. Weights need their own config.
     """
     from transformers import AutoConfig
 

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from bitsandbytes.nn import Linear4bit
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -22,7 +24,7 @@ from transformers import (
 )
 
 from lite.errors import ModelError, raise_collected
-from lite.model import catalog
+from lite.model import catalog, int8
 from lite.model.layers import decoder_layers
 from lite.recipe import Recipe
 
@@ -74,9 +76,16 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """The model's own tokenizer. Raises ModelError saying what is missing and where to get it."""
     source = _source(recipe)
     with _explained(recipe, source, "tokenizer"):
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             source, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code
         )
+    # Where the files are missing, transformers makes up a tokenizer of special tokens that turns every text into none.
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise ModelError(
+            f"{source}: there is no tokenizer in it. Expected tokenizer.json, or the files that the model's own "
+            "tokenizer reads: copy them from where the model comes from."
+        )
+    return tokenizer
 
 
 def load_model(recipe: Recipe) -> PreTrainedModel:
@@ -108,6 +117,7 @@ def load_model(recipe: Recipe) -> PreTrainedModel:
     raise_collected(ModelError, f"{source}: weights are missing:", missing, "Fetch the checkpoint again, whole.")
     model.config.use_cache = False
     model.requires_grad_(False).eval()
+    _steady(model)
     log.info("loaded %s in %s: %s", recipe.model, _kind(model, dtype), in_gib(weight_bytes(model)))
     return model
 
@@ -142,7 +152,7 @@ def _scales(model: nn.Module) -> Iterator[torch.Tensor]:
 
 
 def _source(recipe: Recipe) -> str:
-    """Folder (absolute, so that an adapter made from it names it for good) or hub name, checked as far as offline goes."""
+    """Folder or hub name, checked as far as one can offline; a folder absolute, for adapters will name it."""
     name = catalog.resolve(recipe.model)
     folder = Path(name).expanduser()
     if not folder.is_dir():
@@ -170,7 +180,7 @@ def _explained(recipe: Recipe, source: str, what: str) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         smaller = "" if recipe.load_in_4bit else " --4bit takes a quarter of bf16's memory."
         raise ModelError(f"{source} does not fit the GPU: {_first_line(error)}.{smaller}") from None
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         if "trust_remote_code" in str(error):
             raise ModelError(
                 f"{source} brings Python code of its own, which lite does not run unasked. "
@@ -239,6 +249,16 @@ def _check_reach(recipe: Recipe, config: PreTrainedConfig, quantisation: BitsAnd
         [f"{name} {tuple(p.shape)}: {in_gib(p.nbytes)}" for name, p in passed_over.items()],
         f"Leave {flag} out if the card holds the model in bf16, or take a dense model.",
     )
+
+
+def _steady(model: PreTrainedModel) -> None:
+    """Let quantised layers compute the same in evaluation, in training, and beside any other tokens."""
+    int8.replace_forward(model)
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            # On CPUs with AVX512-BF16, a forward in eval mode repacks the weight for an inference kernel for good, its
+            # scales rounded to bf16; training forwards then take that kernel too, and no gradient passes through it.
+            module.support_avx512bf16_for_cpu = False
 
 
 def _kind(model: PreTrainedModel, dtype: torch.dtype) -> str:

@@ -16,9 +16,9 @@ from lite.data.examples import Place, TokenExample
 from tests.architectures import VOCABULARY, tiny_config
 
 
-@pytest.fixture()
+@pytest.fixture
 def tiny_model() -> Callable[..., PreTrainedModel]:
-    """tiny_model("qwen3", dtype=torch.float64, seed=1, **config changes): weights large enough that every path matters."""
+    """tiny_model("qwen3", dtype=torch.float64, seed=1, **config changes), its weights large enough to matter."""
 
     def build(
         architecture: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: object
@@ -48,7 +48,7 @@ def _norms_in_fp64(model: PreTrainedModel) -> None:
             module.forward = functools.partial(forward, module)
 
 
-@pytest.fixture()
+@pytest.fixture
 def token_examples() -> Callable[..., list[TokenExample]]:
     """token_examples(seed): pairs of unlike lengths, one of them of single tokens, one straddling LongRoPE's bound."""
 

@@ -1,7 +1,7 @@
 """token_logps: log-probabilities through the language-model head, without ever holding the whole logits.
 
-The logits of 2,048 tokens over 152,064 words are 1.2 GB in fp32, and a naive loss holds three such buffers. Here a chunk
-of tokens at a time goes through the head. What backward needs depends on what is trained:
+The logits of 2,048 tokens over 152,064 words are 1.2 GB in fp32, and a naive loss holds three such buffers. Here a
+chunk of tokens at a time goes through the head. What backward needs depends on what is trained:
 
 frozen    a token's logp depends on its own hidden state alone, so its gradient row (p − onehot(label)) · W is computed
           in forward, while the chunk's logits exist. Backward scales rows: two matrix products in all, not three.
@@ -57,8 +57,8 @@ def token_logps(
     """
     if hidden.ndim != 2 or hidden.shape[1] != head.weight.shape[1] or labels.shape != hidden.shape[:1]:
         raise ValueError(
-            f"token_logps: hidden {tuple(hidden.shape)}, weight {tuple(head.weight.shape)}, labels {tuple(labels.shape)}; "
-            "expected (N, D), (V, D), (N,)"
+            f"token_logps: hidden {tuple(hidden.shape)}, weight {tuple(head.weight.shape)}, labels "
+            f"{tuple(labels.shape)}; expected (N, D), (V, D), (N,)"
         )
     hidden = hidden.to(head.weight.dtype)
     settings = _Settings(head, chunk_tokens, softmax.choose(kernel, hidden.device))

@@ -29,17 +29,16 @@ def orpo(
     loss = NLL(chosen) − beta · log σ(log odds(chosen) − log odds(rejected)),  odds(y) = p / (1 − p), log p = mean logp
 
     beta: weight of the odds-ratio term; the paper's λ.
-    nll_over: tokens of the NLL: the chosen completion's, as in the paper, or those of prompt and completion, as TRL does.
+    nll_over: tokens of the NLL: the chosen completion's, as in the paper, or prompt and completion, as TRL does.
 
     The NLL is averaged over a completion's tokens, then over pairs. Source: Hong et al. 2024, arXiv:2403.07691,
     equations 6 and 7, λ = 0.1. The paper's rates (5e-6 … 8e-6) are for all weights; adapters take about ten times that.
     """
     log_odds = (chosen.mean - rejected.mean) - (log1mexp(chosen.mean) - log1mexp(rejected.mean))
     log_ratio = F.logsigmoid(log_odds)
+    nll = -chosen.mean
     if nll_over == "sequence":
         nll = -(prompt.total + chosen.total) / (prompt.length + chosen.length)
-    else:
-        nll = -chosen.mean
     metrics = {"nll_loss": nll, "log_odds_ratio": log_ratio, "log_odds_chosen": log_odds}
     return Scored(nll - beta * log_ratio, _metrics(chosen.mean, rejected.mean, beta, metrics))
 

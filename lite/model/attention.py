@@ -147,12 +147,12 @@ def branch_attention(
     softcap: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """softmax(q kᵀ · scaling + mask) v by branches, (1, T, heads, head_dim). Raises ModelError on what it cannot honour."""
+    """softmax(q kᵀ · scaling + mask) v by branches, (1, T, heads, head_dim). Raises ModelError on what it lacks."""
     unknown = {name: value for name, value in others.items() if value is not None and name not in HARMLESS}
     if branch_table is None or attention_mask is not None or dropout or unknown:
         raise ModelError(
-            f"{type(module).__name__} asks its attention for {', '.join(unknown) or 'a mask or dropout'}, which packs do not "
-            "have. Use attn_implementation: padded."
+            f"{type(module).__name__} asks its attention for {', '.join(unknown) or 'a mask or dropout'}, which packs "
+            "do not have. Use attn_implementation: padded."
         )
     attend = _choose(branch_table.implementation, query, softcap)
     return attend(query, key, value, branch_table, scaling, sliding_window, softcap), None

@@ -1,4 +1,4 @@
-"""What of a model lies left and right of its hidden states: the backbone, and the head with its scale, cap and adapter."""
+"""The two sides of a model's hidden states: the backbone, and the head with its scale, cap and adapter."""
 
 from typing import Any
 
@@ -39,8 +39,8 @@ def head_of(model: PreTrainedModel | PeftModel) -> Head:
         low_rank, module = _low_rank(module), module.get_base_layer()
     if not isinstance(module, nn.Linear) or not module.weight.is_floating_point():
         raise ModelError(
-            f"The head of {type(base).__name__} is a {type(module).__name__} of {module.weight.dtype}; expected a plain "
-            "linear layer. A quantised head is not supported: load the model with its head left out of quantisation."
+            f"The head of {type(base).__name__} is a {type(module).__name__} of {module.weight.dtype}; expected a "
+            "plain linear layer. Load the model with its head left out of quantisation."
         )
     settings: dict[str, Any] = config.to_dict()
     scale = settings.get("logit_scale") or 1.0

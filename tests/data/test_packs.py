@@ -14,7 +14,7 @@ CHOSEN_REJECTED = ("chosen", "rejected")
 
 
 def test_a_pair_by_hand():
-    """[10 11 12 | 20 21 | 30 31 32]: both completions start at depth 3 and are predicted from token 2, the prompt's last."""
+    """[10 11 12 | 20 21 | 30 31 32]: both completions start at depth 3, and token 2 predicts the first of each."""
     batch = lay_out([PAIR], Layout(CHOSEN_REJECTED))
     (pack,) = batch.packs
     assert pack.ids.tolist() == [[10, 11, 12, 20, 21, 30, 31, 32]]

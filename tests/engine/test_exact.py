@@ -1,4 +1,4 @@
-"""The promise of the waist: Logps equal plain transformers with whole logits, each completion alone, on every architecture."""
+"""The promise of the waist: Logps equal plain transformers with whole logits, on every architecture."""
 
 import pytest
 import torch
@@ -27,10 +27,10 @@ def plain_logps(model, examples) -> Tensor:
     return torch.cat(found)
 
 
-def our_logps(model, examples, path: Path = Path(chunk_tokens=7), **layout) -> Tensor:
+def our_logps(model, examples, **layout) -> Tensor:
     layout = Layout(ROLES, rotary_bound=regimes(model.config).bound, **layout)
     install(model, padded=layout.padded)
-    found = score.logps(model, examples, layout, path)
+    found = score.logps(model, examples, layout, Path(chunk_tokens=7))
     return torch.cat([found[role].tokens for role in ROLES])
 
 

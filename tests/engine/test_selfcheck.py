@@ -25,7 +25,7 @@ def test_passes_on_every_architecture(tiny_model, token_examples, architecture: 
 
 
 def test_a_layer_that_mixes_neighbours_makes_it_fall_back_to_padded(tiny_model, token_examples, caplog):
-    """A causal convolution over tokens stands for every layer that knows no branches (linear attention, state space)."""
+    """A causal convolution over tokens stands for every layer that knows no branches (linear attention …)."""
     model = tiny_model("llama")
 
     class Convolved(nn.Module):

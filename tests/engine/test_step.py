@@ -35,11 +35,11 @@ WHOLE_BATCH = replace(registry.find("orpo").signature, whole_batch=True)
 COUPLED = Objective(Loss(replace(WHOLE_BATCH, data=ROLES), coupled), {"beta": 0.5})
 
 
-def outcome(model, examples, objective: Objective, path: Path = Path(), **layout) -> tuple[Tensor, list[Tensor]]:
+def outcome(model, examples, objective: Objective, chunk_tokens: int = 1024, **layout) -> tuple[Tensor, list[Tensor]]:
     layout = Layout(ROLES, rotary_bound=regimes(model.config).bound, **layout)
     install(model, padded=layout.padded)
     model.zero_grad()
-    loss = backward(model, lay_out(examples, layout), objective, path).loss
+    loss = backward(model, lay_out(examples, layout), objective, Path(chunk_tokens)).loss
     return loss, [p.grad.clone() for p in model.parameters()]
 
 
@@ -56,11 +56,15 @@ LAYOUTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize(
-    "which", [objective(), objective(nll_over="sequence"), COUPLED], ids=["orpo", "sequence", "coupled"]
-)
-@pytest.mark.parametrize("architecture", ["qwen3", "gemma2", "phi3-longrope"])
+# Padded batches run transformers' own attention, which for Gemma 2's cap is the eager one: its softmax is fp32.
+IN_FP64 = [
+    (a, x) for a in ("qwen3", "gemma2", "phi3-longrope") for x in LAYOUTS if not (a == "gemma2" and "padded" in x)
+]
+OBJECTIVES = {"orpo": objective(), "sequence": objective(nll_over="sequence"), "coupled": COUPLED}
+
+
+@pytest.mark.parametrize(("architecture", "layout"), IN_FP64, ids=str)
+@pytest.mark.parametrize("which", OBJECTIVES.values(), ids=OBJECTIVES.keys())
 def test_any_layout_gives_the_same_step_in_fp64(
     tiny_model, token_examples, architecture: str, which: Objective, layout: dict
 ):
@@ -79,7 +83,7 @@ def test_any_layout_gives_the_same_step_in_fp32(tiny_model, token_examples, layo
 @pytest.mark.parametrize("chunk_tokens", [1, 13, 10_000])
 def test_any_chunk_gives_the_same_step(tiny_model, token_examples, chunk_tokens: int):
     model, examples = tiny_model("qwen3", dtype=torch.float64), token_examples()
-    assert_same(outcome(model, examples, objective()), outcome(model, examples, objective(), Path(chunk_tokens)), 1e-10)
+    assert_same(outcome(model, examples, objective()), outcome(model, examples, objective(), chunk_tokens), 1e-10)
 
 
 def test_the_order_inside_a_batch_does_not_matter(tiny_model, token_examples):

@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -63,27 +65,27 @@ def test_equals_plain_whole_logits_in_fp64(kind: str, scale: float, softcap: flo
 @pytest.mark.parametrize("kind", KINDS)
 def test_bf16_errs_no_more_than_the_naive_bf16_path(kind: str):
     """RMS error against fp32 of values and of each gradient: at most 1.1 times naive's, over 20 draws."""
+    trained, low_rank = KINDS[kind]["trained"], KINDS[kind]["low_rank"]
+
+    def outcome(dtype: torch.dtype, draw: list[Tensor], labels: Tensor, compute: Callable) -> list[Tensor]:
+        h, w, a, b = (t.to(dtype) for t in draw)
+        adapter = LowRank(a.requires_grad_(), b.requires_grad_(), 0.5) if low_rank else None
+        head = Head(w.requires_grad_(trained), low_rank=adapter)
+        logps = compute(h.requires_grad_(), head, labels)
+        wanted = [p for p in (h, *head.parameters) if p is not None and p.requires_grad]
+        return [t.detach().float() for t in (logps, *torch.autograd.grad(logps.sum(), wanted))]
+
     squares: dict[int, list[list[float]]] = {}
     for seed in range(20):
         torch.manual_seed(seed)
-        hidden, weight, labels = torch.randn(32, 64), torch.randn(501, 64) * 0.3, torch.randint(501, (32,))
-        a, b = torch.randn(4, 64) * 0.2, torch.randn(501, 4) * 0.2
-        trained, low_rank = KINDS[kind]["trained"], KINDS[kind]["low_rank"]
-
-        def outcome(dtype: torch.dtype, compute: object) -> list[Tensor]:
-            h, w = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(trained)
-            adapter = LowRank(a.to(dtype).requires_grad_(), b.to(dtype).requires_grad_(), 0.5) if low_rank else None
-            head = Head(w, low_rank=adapter)
-            logps = compute(h, head, labels)
-            wanted = [p for p in (h, *head.parameters) if p is not None and p.requires_grad]
-            return [logps, *torch.autograd.grad(logps.sum(), wanted)]
-
-        hidden, weight, a, b = (t.bfloat16().float() for t in (hidden, weight, a, b))
-        exact = outcome(torch.float32, plain_logps)
-        naive = outcome(torch.bfloat16, plain_logps)
-        ours = outcome(torch.bfloat16, lambda h, head, y: token_logps(h, head, y, chunk_tokens=10))
+        draw = [torch.randn(32, 64), torch.randn(501, 64) * 0.3, torch.randn(4, 64) * 0.2, torch.randn(501, 4) * 0.2]
+        draw = [t.bfloat16().float() for t in draw]  # fp32 computes with the very weights that bf16 has
+        labels = torch.randint(501, (32,))
+        exact = outcome(torch.float32, [t.clone() for t in draw], labels, plain_logps)
+        naive = outcome(torch.bfloat16, draw, labels, plain_logps)
+        ours = outcome(torch.bfloat16, draw, labels, partial(token_logps, chunk_tokens=10))
         for i, (e, n, o) in enumerate(zip(exact, naive, ours, strict=True)):
-            squares.setdefault(i, []).append([float((t.float() - e).detach().square().mean()) for t in (n, o)])
+            squares.setdefault(i, []).append([float((t - e).square().mean()) for t in (n, o)])
     for i, pairs in squares.items():
         naive_error, our_error = torch.tensor(pairs).mean(0).sqrt().tolist()
         assert our_error <= 1.1 * naive_error, (
@@ -133,7 +135,7 @@ def test_memory_is_a_chunk_and_the_rows():
 
 @pytest.mark.slow
 def test_ligers_kernel_equals_the_plain_twin_in_tritons_interpreter():
-    """It must be chosen before triton is imported, hence a process of its own; a softcap it cannot take (see the gpu test)."""
+    """To be chosen before triton is imported, hence a process of its own; it cannot take a softcap (gpu test)."""
     pytest.importorskip("liger_kernel")
     program = """
         import torch
@@ -162,7 +164,7 @@ def test_ligers_kernel_equals_the_plain_twin_in_tritons_interpreter():
 @pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.125, None), (1.0, 30.0)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_ligers_kernel_equals_the_plain_twin_on_cuda(kind: str, scale: float, softcap: float | None):
-    """bf16, a vocabulary of 151,936: the same values and gradients as the plain twin, to fp32 rounding of the softmax."""
+    """bf16, a vocabulary of 151,936: the same values and gradients, to fp32 rounding of the softmax."""
     pytest.importorskip("liger_kernel")
     trained, low_rank = KINDS[kind]["trained"], KINDS[kind]["low_rank"]
     torch.manual_seed(0)

@@ -54,7 +54,7 @@ def test_log1mexp_in_fp64(p: float):
 
 
 def test_log1mexp_in_fp32_is_no_worse_than_its_input():
-    """In fp32, for p from e⁻⁸⁰ to 1 − 1e-6: within 1e-6 of the fp64 value of the same input, where a naive log1p(−exp) is not."""
+    """p from e⁻⁸⁰ to 1 − 1e-6: within 1e-6 of the fp64 value of the same input; log1p(−exp) is 100 times worse."""
     x = -torch.logspace(-6, 1.9, 400, dtype=torch.float32)
     exact = log1mexp(x.double())
     ours, naive = log1mexp(x).double(), torch.log1p(-torch.exp(x)).double()

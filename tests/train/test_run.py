@@ -1,0 +1,92 @@
+"""The run's folder: its name, when it is taken, and what a resume compares."""
+
+import copy
+from pathlib import Path
+
+import pytest
+
+from lite.errors import RunError
+from lite.recipe import Recipe
+from lite.train import run
+
+IDENTITY = {
+    "recipe": {"method": "orpo", "learning_rate": 1e-5, "max_steps": None},
+    "steps": 7,
+    "data": "digest",
+    "model": {"name": "m", "files": {"config.json": 10}},
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    run.create(tmp_path / "run", Recipe(), IDENTITY, {run.LEDGER: {"kept": 1}}, skipped=["pairs.jsonl:3: no keys"])
+    return tmp_path / "run"
+
+
+def test_default_names_are_distinct(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = Recipe(model="org/Some Model")
+    first = run.free_folder(recipe)
+    assert first.parent == Path("runs")
+    assert first.name.startswith("orpo-Some-Model-20")
+    first.mkdir(parents=True)
+    assert not run.free_folder(recipe).exists()
+
+
+def test_a_folder_that_holds_a_run_is_taken(folder: Path) -> None:
+    with pytest.raises(RunError, match=rf"holds a run already. Go on with it by `lite resume {folder}`"):
+        run.free_folder(Recipe(output_dir=str(folder)))
+
+
+def test_an_empty_folder_is_free_and_a_file_is_not(tmp_path: Path) -> None:
+    assert run.free_folder(Recipe(output_dir=str(tmp_path))) == tmp_path
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="a file is there"):
+        run.free_folder(Recipe(output_dir=str(tmp_path / "file")))
+
+
+def test_create_can_be_read_back(folder: Path) -> None:
+    assert run.opened(folder).resolved() == Recipe().resolved()
+    assert run.planned_steps(folder) == 7
+    assert run.result(folder) is None
+    assert (folder / "rows_skipped.txt").read_text(encoding="utf-8") == "pairs.jsonl:3: no keys\n"
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_no_run_is_there(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"no run is there. Expected the folder of a run, with its recipe.yaml"):
+        run.opened(tmp_path)
+
+
+def test_the_same_may_go_on(folder: Path) -> None:
+    run.require_same(folder, copy.deepcopy(IDENTITY))
+
+
+def test_everything_that_changed_is_named_at_once(folder: Path) -> None:
+    now = copy.deepcopy(IDENTITY)
+    now["recipe"]["learning_rate"] = 2e-5
+    now["recipe"]["data"] = "other.jsonl"
+    now["data"] = "another digest"
+    now["model"]["files"] = {"config.json": 11}
+    with pytest.raises(RunError) as caught:
+        run.require_same(folder, now)
+    message = str(caught.value)
+    assert "learning_rate: was 1e-05, is 2e-05" in message
+    assert "the rows of other.jsonl" in message
+    assert "model: files was {'config.json': 10}, is {'config.json': 11}" in message
+    assert "--max-steps" in message
+
+
+def test_max_steps_changes_by_name_only(folder: Path) -> None:
+    now = copy.deepcopy(IDENTITY)
+    now["recipe"]["max_steps"] = 9
+    with pytest.raises(RunError, match="max_steps: was None, is 9"):
+        run.require_same(folder, now)
+    run.require_same(folder, now, but="max_steps")
+
+
+def test_another_environment_is_told(folder: Path) -> None:
+    run.write_json(folder / run.ENVIRONMENT, {"torch": "2.11.0", "threads": 1})
+    notes: list[str] = []
+    run.note_environment(folder, {"torch": "2.13.0", "threads": 1}, notes.append)
+    assert notes == ["another environment than the run began in: torch 2.11.0 → 2.13.0"]

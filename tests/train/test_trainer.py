@@ -1,0 +1,176 @@
+"""What transformers' Trainer would do wrongly here, each a test; and the lines that it logs."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import TrainingArguments
+
+from lite.engine import score
+from lite.errors import RunError
+from lite.train import checkpoints, interrupt, metrics
+from lite.train.progress import Quiet
+from lite.train.train import _set_up
+from lite.train.trainer import Trainer, arguments
+
+
+@pytest.fixture
+def trainer(recipe: Callable) -> Callable[..., Trainer]:
+    """trainer(save_steps=…): one that is ready to train in the recipe's folder."""
+
+    def build(**changes: object) -> Trainer:
+        asked = recipe(**changes)
+        work = _set_up(asked, Quiet(), start_adapter=None)
+        folder = Path(asked.output_dir)
+        (folder / "checkpoints").mkdir(parents=True)
+        made = Trainer(
+            work.model,
+            asked,
+            work.batches,
+            objective=work.objective,
+            path=work.path,
+            evaluate=work.evaluate,
+            folder=folder,
+            progress=Quiet(),
+            request=interrupt.Request(),
+        )
+        made.work = work
+        return made
+
+    return build
+
+
+def adapter(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def test_trap_resume_keeps_the_adapters_dtype(trainer: Callable) -> None:
+    """peft's load_adapter, which Trainer calls, makes a bf16 adapter fp32."""
+    made = trainer(num_train_epochs=0.6)
+    made.train()
+    for parameter in made.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    folder = checkpoints.write(made.folder / "checkpoints", 99, made._fill)
+    saved = adapter(made)
+    for parameter in made.model.parameters():
+        if parameter.requires_grad:
+            parameter.data.zero_()
+    made._load_from_checkpoint(str(folder))
+    loaded = adapter(made)
+    assert {tensor.dtype for tensor in loaded.values()} == {torch.bfloat16}
+    for name, tensor in saved.items():
+        assert torch.equal(loaded[name], tensor), name
+
+
+def test_trap_evaluation_weighs_rows_not_batches(trainer: Callable) -> None:
+    """Three held-out rows in batches of two: the mean over rows, not the mean of (mean of two, one)."""
+    made = trainer(batch_size=2, num_train_epochs=0.1, learning_rate=0.05)
+    made.train()
+    work = made.work
+    scored = score.logps(work.model.eval(), work.data.held_out, work.layout, work.path)
+    rows = work.objective(scored, None).loss.tolist()
+    found = made.evaluate()["eval_loss"]
+    assert math.isclose(found, sum(rows) / 3, rel_tol=1e-5)
+    assert not math.isclose(found, ((rows[0] + rows[1]) / 2 + rows[2]) / 2, rel_tol=1e-5)
+
+
+def test_trap_nan_stops_the_run_and_names_the_rows(trainer: Callable) -> None:
+    """Trainer would log the mean of the losses before and go on."""
+    made = trainer(save_steps=1)
+    made.args.max_steps = 3
+    made.train()
+    before = checkpoints.listed(made.folder / "checkpoints")
+    kept = adapter(made)
+    name, broken = next((n, p) for n, p in made.model.named_parameters() if p.requires_grad)
+    broken.data.view(-1)[0] = math.nan
+    made.args.max_steps = 10
+    with pytest.raises(RunError) as caught:
+        made.train(resume_from_checkpoint=None)
+    message = str(caught.value)
+    assert "Step 1: the loss is nan." in message
+    places = [str(place) for place in made.batches[0].places]
+    assert len(places) == 4
+    assert all(place in message for place in places)
+    assert f"Last checkpoint: {before[-1]}" in message
+    assert checkpoints.listed(made.folder / "checkpoints") == before
+    assert all(checkpoints.problems(folder) == [] for folder in before)
+    after = adapter(made)
+    assert all(torch.equal(after[key], kept[key]) for key in kept if key != name)
+
+
+def test_trap_infinite_gradient_under_a_finite_loss(trainer: Callable) -> None:
+    made = trainer()
+    kept = adapter(made)
+    trained = next(p for p in made.model.parameters() if p.requires_grad)
+    trained.register_hook(lambda gradient: torch.full_like(gradient, math.inf))
+    with pytest.raises(RunError, match=r"Step 1: the gradient's norm is (inf|nan)"):
+        made.train()
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in adapter(made).items())
+    assert metrics.read(made.folder / "metrics.jsonl") == []
+
+
+def test_trap_two_gpus_do_not_mean_dataparallel(
+    trainer: Callable, recipe: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made = trainer()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert TrainingArguments(output_dir=str(tmp_path)).n_gpu == 2  # the trap
+    made.args = arguments(recipe(), tmp_path, 10, torch.device("cuda"))
+    assert made.args.n_gpu == 1
+    assert made._wrap_model(made.model) is made.model
+
+
+def test_trap_checkpoints_are_staged(trainer: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainer writes into the final folder: a full disk leaves half a checkpoint under a whole one's name."""
+    made = trainer()
+    save, saved = torch.save, []
+
+    def full_at_the_second_checkpoint(content: object, path: str, *others: object) -> None:
+        saved.append(path)
+        if len(saved) == 5:  # optimizer, scheduler, generators; optimizer, and half of the scheduler
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save(content, path, *others)
+
+    monkeypatch.setattr(torch, "save", full_at_the_second_checkpoint)
+    with pytest.raises(RunError, match=r"checkpoint-6: the checkpoint could not be written.*No space left"):
+        made.train()
+    assert [path.name for path in (made.folder / "checkpoints").iterdir()] == ["checkpoint-3"]
+    assert checkpoints.newest(made.folder / "checkpoints", pytest.fail).name == "checkpoint-3"
+
+
+def test_lines_have_trls_names_and_average_the_interval(trainer: Callable) -> None:
+    """logging_steps=2: a line is the mean of two steps' losses, and epochs are passes over the rows."""
+    each, pairs = trainer(), None
+    each.train()
+    single = metrics.read(each.folder / "metrics.jsonl")
+    (each.folder / "metrics.jsonl").unlink()
+    (each.folder / "speed.jsonl").unlink()
+    for folder in checkpoints.listed(each.folder / "checkpoints"):
+        checkpoints._remove(folder)
+    (each.folder / "checkpoints").rmdir()
+    pairs = trainer(logging_steps=2)
+    pairs.train()
+    double = metrics.read(pairs.folder / "metrics.jsonl")
+    assert [line["step"] for line in single] == list(range(1, 11))
+    assert [line["epoch"] for line in single] == [step / 5 for step in range(1, 11)]
+    assert [line["step"] for line in double] == [2, 4, 6, 8, 10]
+    names = {"loss", "grad_norm", "learning_rate", "epoch", "step", "num_tokens", "nll_loss", "log_odds_ratio"}
+    names |= {"rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"}
+    assert names | {"logps/chosen", "logps/rejected", "log_odds_chosen"} == single[0].keys()
+    for one, two, both in zip(single[::2], single[1::2], double, strict=True):
+        assert both["loss"] == (one["loss"] + two["loss"]) / 2
+        assert both["num_tokens"] == two["num_tokens"]
+        assert both["learning_rate"] == two["learning_rate"]
+
+
+def test_learning_rate_warms_up_and_comes_down(trainer: Callable) -> None:
+    """Warm-up of ceil(0.25 · 10) = 3 steps, then half a cosine over the other 7."""
+    made = trainer(warmup_ratio=0.25, learning_rate=1.0, max_grad_norm=0.0)
+    made.train()
+    rates = [line["learning_rate"] for line in metrics.read(made.folder / "metrics.jsonl")]
+    expected = [step / 3 for step in range(3)] + [0.5 * (1 + math.cos(math.pi * step / 7)) for step in range(7)]
+    assert rates == pytest.approx(expected)

@@ -60,7 +60,7 @@ def choose_layout(model: Model, examples: Sequence[TokenExample], layout: Layout
             log.warning("going on with padded batches: same numbers as the plain model, slower")
     raise ModelError(
         f"{type(unwrapped(model)).__name__}: lite's log-probs differ from the model's own in the {reports[-1].part} "
-        f"by {reports[-1].difference:.2g} nats, where rounding explains {reports[-1].rounding:.2g}. Training on them would "
+        f"by {reports[-1].difference:.2g} nats; rounding explains {reports[-1].rounding:.2g}. Training on them would "
         "be wrong. Please report the model; --no-self-check trains all the same."
     )
 

@@ -1,0 +1,230 @@
+"""Step time and peak memory on a CUDA card: the step of `lite orpo` beside plain transformers + peft.
+
+    python bench/card.py --model qwen2.5-14b --out bench/results/card.json
+
+Needs no download: the model has the catalogue's shape and random weights, quantised to NF4 on the card, layer by layer.
+The floor of a step is the time that its own matrix products would take at the card's measured matrix rate.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import bitsandbytes as bnb
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from lite.data.examples import Place, TokenExample
+from lite.data.packs import Layout, lay_out
+from lite.engine.forward import Path as ComputePath
+from lite.engine.step import Objective, backward
+from lite.loss import registry
+from lite.memory.checkpoint import checkpoint_layers
+from lite.model import adapters, catalog
+from lite.model.attention import install, plain_attention
+from lite.model.layers import decoder_layers
+from lite.recipe import Recipe
+
+GIB = 2**30
+PAIRS = ((512, 512, 512), (768, 256, 256), (1024, 1024, 1024))  # prompt, chosen, rejected
+
+
+def random_model(shape: catalog.Shape) -> nn.Module:
+    """A model of this shape with random weights: the blocks' matrices in NF4, everything else in bf16."""
+    config = catalog.config(shape)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    for layer in decoder_layers(model).values():
+        for name, linear in [(n, m) for n, m in layer.named_modules() if isinstance(m, nn.Linear)]:
+            layer.set_submodule(name, _quantised(linear))
+    for module in model.modules():
+        for name, tensor in list(module.named_parameters(recurse=False)):
+            if tensor.is_meta:
+                value = torch.ones_like(tensor, device="cuda") if tensor.ndim == 1 else _normal(tensor)
+                setattr(module, name, nn.Parameter(value, requires_grad=False))
+    rotary = model.model.rotary_emb
+    model.model.rotary_emb = type(rotary)(config).to("cuda")
+    model.config.use_cache = False
+    return model.requires_grad_(False)
+
+
+def _normal(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda").normal_(std=0.02)
+
+
+def _quantised(linear: nn.Linear) -> bnb.nn.Linear4bit:
+    new = bnb.nn.Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        bias=linear.bias is not None,
+        compute_dtype=torch.bfloat16,
+        quant_type="nf4",
+    )
+    new.weight = bnb.nn.Params4bit(
+        _normal(linear.weight), requires_grad=False, quant_type="nf4", compress_statistics=True
+    )
+    if linear.bias is not None:
+        new.bias = nn.Parameter(torch.zeros(linear.out_features, dtype=torch.bfloat16), requires_grad=False)
+    return new.to("cuda")
+
+
+def random_example(prompt: int, chosen: int, rejected: int, vocabulary: int) -> TokenExample:
+    """A pair of random tokens."""
+    draw = torch.randint(vocabulary, (prompt + chosen + rejected,)).tolist()
+    completions = tuple(draw[prompt : prompt + chosen]), tuple(draw[prompt + chosen :])
+    return TokenExample(tuple(draw[:prompt]), completions, Place("random", 1))
+
+
+def lite_step(model: nn.Module, example: TokenExample, path: ComputePath) -> Callable[[], None]:
+    """One step of lite: a pack forward and backward, and the update."""
+    loss = registry.find("orpo")
+    objective = Objective(loss, {h.name: h.default for h in loss.signature.hyperparameters.values()})
+    batch = lay_out([example], Layout(("chosen", "rejected")))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
+
+    def step() -> None:
+        backward(model, batch, objective, path)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def plain_step(model: nn.Module, example: TokenExample) -> Callable[[], None]:
+    """The same step as a user of transformers + peft writes it: a padded batch and whole logits."""
+    width = example.longest
+    ids = torch.zeros(2, width, dtype=torch.long, device="cuda")
+    mask = torch.zeros(2, width, dtype=torch.long, device="cuda")
+    for row, completion in enumerate(example.completions):
+        tokens = torch.tensor(example.prompt + completion, device="cuda")
+        ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, 1
+    scored = mask[:, 1:].bool() & (torch.arange(1, width, device="cuda") >= len(example.prompt))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
+
+    def step() -> None:
+        with plain_attention(model):
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+            logps = torch.log_softmax(logits.float(), -1).gather(2, ids[:, 1:, None]).squeeze(2)
+            chosen, rejected = ((logps * scored).sum(1) / scored.sum(1)).unbind()
+            odds = (chosen - rejected) - (torch.log1p(-chosen.exp()) - torch.log1p(-rejected.exp()))
+            (-chosen - 0.1 * F.logsigmoid(odds)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def measured(step: Callable[[], None], repeats: int) -> dict[str, float]:
+    """Median seconds of a step after two for warm-up, and the peak of allocated memory; or what stopped it."""
+    try:
+        for _ in range(2):
+            step()
+        torch.cuda.reset_peak_memory_stats()
+        seconds = []
+        for _ in range(repeats):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            step()
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+    except torch.OutOfMemoryError as error:
+        return {"out_of_memory": str(error).split(".")[0]}
+    return {
+        "seconds": statistics.median(seconds),
+        "spread": max(seconds) - min(seconds),
+        "peak_bytes": torch.cuda.max_memory_allocated(),
+    }
+
+
+def floor_flops(shape: catalog.Shape, example: TokenExample, rank: int, recompute: bool) -> float:
+    """Operations of the step's own products: shared prompt, causal attention, two head products, no weight gradients."""
+    matrices, layers = shape.matrix_parameters * shape.layers, shape.layers
+    width = shape.heads * shape.head_dim
+    lora = rank * layers * _adapter_sides(shape)
+    tokens, prompt = example.tokens, len(example.prompt)
+    longest = [prompt + len(c) for c in example.completions]
+    attention = 2 * layers * width * (prompt**2 + sum(n**2 - prompt**2 for n in longest))
+    forward = 2 * (matrices + lora) * tokens + attention
+    gradients = 2 * matrices * tokens + 4 * lora * tokens + 2.5 * attention
+    head = 2 * shape.vocab_size * shape.hidden_size * sum(map(len, example.completions))
+    return forward * (2 if recompute else 1) + gradients + 2 * head
+
+
+def _adapter_sides(shape: catalog.Shape) -> int:
+    hidden, mlp = shape.hidden_size, shape.intermediate_size
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    return 2 * (hidden + queries) + 2 * (hidden + keys) + 3 * (hidden + mlp)
+
+
+def matrix_rate() -> float:
+    """Operations per second of a large bf16 product on this card, median of ten."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return 2 * 8192**3 / measured(lambda: torch.mm(a, b), 10)["seconds"]
+
+
+def environment() -> dict[str, str]:
+    """What the figures depend on."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "commit": commit, "card": torch.cuda.get_device_name(), "torch": torch.__version__,
+        "bitsandbytes": bnb.__version__, "python": platform.python_version(),
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Measure one model at several lengths and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="qwen2.5-14b", help="a name of the catalogue")
+    parser.add_argument("--layers", type=int, help="so many layers instead of the model's own")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--long", type=int, default=0, help="one more pair of about so many tokens in all")
+    parser.add_argument("--cap-gib", type=float, help="make the card behave as one with so much memory")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+
+    shape = catalog.CATALOG[options.model]
+    if options.layers:
+        shape = shape.__class__(**{**shape.__dict__, "layers": options.layers})
+    if options.cap_gib:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(options.cap_gib * GIB / total)
+    rate = matrix_rate()
+    start = time.perf_counter()
+    model = adapters.attach(random_model(shape), Recipe(method="orpo", model=options.model)).train()
+    torch.cuda.synchronize()
+    static = torch.cuda.memory_allocated()
+    print(
+        f"built {options.model} in {time.perf_counter() - start:.0f} s: {static / GIB:.2f} GiB; {rate / 1e12:.0f} TFLOP/s"
+    )
+    checkpoint_layers(model)
+    rows = []
+    sizes = [
+        *PAIRS,
+        *([(options.long - options.long // 2, options.long // 4, options.long // 4)] if options.long else []),
+    ]
+    for size in sizes:
+        example = random_example(*size, shape.vocab_size)
+        floor = floor_flops(shape, example, 16, recompute=True) / rate
+        install(model)
+        row = {"prompt": size[0], "chosen": size[1], "rejected": size[2], "floor_seconds": floor}
+        row["lite"] = measured(lite_step(model, example, ComputePath()), options.repeats)
+        if size in PAIRS:
+            row["plain"] = measured(plain_step(model, example), options.repeats)
+        rows.append(row)
+        torch.cuda.empty_cache()
+        print(json.dumps(row))
+    result = {"command": "python bench/card.py", "options": {k: str(v) for k, v in vars(options).items()}}
+    result |= {"environment": environment(), "matrix_rate": rate, "static_bytes": static, "rows": rows}
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

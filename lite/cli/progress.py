@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
 LINE_EVERY_S = 5.0  # where there is no bar
@@ -29,7 +29,7 @@ class Shown:
 
     def __init__(self, console: Console, *, bar: bool) -> None:
         self.console = console
-        self._bar = _bar(console) if bar else None
+        self._bar = _Bar.on(console) if bar else None
         self._task: TaskID | None = None
         self._total = 0
         self._seconds: deque[float] = deque(maxlen=20)  # of the latest steps, for the time left
@@ -47,7 +47,7 @@ class Shown:
         """Begin the bar, or say how many steps are to come."""
         self._total = total
         if self._bar:
-            self._task = self._bar.add_task("training", total=total, completed=done, figures="")
+            self._task = self._bar.add_task("training", total=total, completed=done, left="", figures="")
             self._bar.start()
         else:
             self.line(f"training: step {done + 1} to {total} …")
@@ -55,14 +55,18 @@ class Shown:
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Move the bar, or write a line if the last one is some seconds old."""
         self._seconds.append(metrics.get("seconds", 0.0))
+        left_s = (self._total - step) * sum(self._seconds) / len(self._seconds)
+        left = f"{duration(left_s)} left" if step < self._total else "done"
+        told = "  ".join(figures(metrics))
         if self._bar and self._task is not None:
-            self._bar.update(self._task, completed=step, figures="  ".join(figures(metrics)))
+            self._bar.update(self._task, completed=step, left=left, figures=told)
+            if step == self._total:
+                self._bar.stop()
             return
         now = time.monotonic()
         if now >= self._next_line_s or step == self._total:
             self._next_line_s = now + LINE_EVERY_S
-            left_s = (self._total - step) * sum(self._seconds) / len(self._seconds)
-            self.line("  ".join([f"step {step}/{self._total}", *figures(metrics), f"{duration(left_s)} left"]))
+            self.line(f"step {step}/{self._total}  {told}  {left}")
 
     def evaluation(self, name: str, metrics: Mapping[str, float]) -> None:
         """Say what the held-out rows give."""
@@ -126,13 +130,17 @@ class _Lines(logging.Handler):
         self._progress.line(kind + record.getMessage())
 
 
-def _bar(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-        BarColumn(bar_width=None),
-        TextColumn("{task.fields[figures]}"),
-        TimeRemainingColumn(compact=True),
-        TextColumn("left"),
-        console=console,
-        expand=True,
-    )
+class _Bar(Progress):
+    """A bar over a line of figures, which beside it would not fit a terminal of 80 columns."""
+
+    @classmethod
+    def on(cls, console: Console) -> "_Bar":
+        """Counts, the bar, and the time left."""
+        counts, left = TextColumn("{task.completed:.0f}/{task.total:.0f}"), TextColumn("{task.fields[left]}")
+        return cls(counts, BarColumn(bar_width=None), left, console=console, expand=True)
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        """What is drawn."""
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            yield Text(f"  {task.fields['figures']}", overflow="ellipsis", no_wrap=True)

@@ -59,6 +59,8 @@ def _answers(samples: Sequence[Mapping[str, str]]) -> Table:
 
 
 def _brief(text: str) -> str:
+    # A model may say anything, a terminal's escape sequences too.
+    text = "".join(character if character.isprintable() or character == "\n" else "�" for character in text)
     return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS].rstrip() + " …"
 
 

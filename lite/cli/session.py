@@ -1,6 +1,7 @@
 """A run from the command line: other packages silenced, progress on stderr, the result on stdout."""
 
 import json
+import logging
 import os
 import sys
 import warnings
@@ -86,5 +87,7 @@ def _silence() -> None:
     os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # It warns, on every CPU, that a kernel for inference is not installed; there is nothing to be done about it.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")

@@ -7,7 +7,9 @@ from functools import partial
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lite.errors import ModelError
 from lite.model.head import unwrapped
 from lite.model.layers import decoder_layers
 
@@ -17,11 +19,16 @@ def checkpoint_layers(model: nn.Module, count: int | None = None) -> int:
 
     The first rather than the last, for the kept ones are then freed before the first recompute. Gradients stay the
     same: dropout is replayed from the kept generator state. Works in training mode only, as transformers' layers do.
-    Raises ValueError if count is negative.
+    Raises ValueError if count is negative, ModelError where the layers cannot recompute.
     """
     if count is not None and count < 0:
         raise ValueError(f"checkpoint_layers: count = {count}, expected 0 or more")
     layers = list(decoder_layers(model).values())
+    if not isinstance(layers[0], GradientCheckpointingLayer):
+        raise ModelError(
+            f"{type(layers[0]).__name__} cannot be computed again in backward, for it is not one of transformers' "
+            "GradientCheckpointingLayers. Train with --no-gradient-checkpointing."
+        )
     # Not kept where nothing is random: on CUDA, saving the state waits for the device at every layer.
     again = partial(checkpoint, use_reentrant=False, preserve_rng_state=_random(model))
     recomputed = len(layers) if count is None else min(count, len(layers))

@@ -52,6 +52,9 @@ def attach(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
         load(adapted, folder)
         log.info("goes on from the adapter in %s", folder)
     log.info("%s", trainable(adapted))
+    experts = [name for name, parameter in model.named_parameters() if parameter.ndim == 3 and "lora_" not in name]
+    if experts:
+        log.info("the experts are no linear layers and stay as they are: %s …", experts[0])
     return adapted
 
 
@@ -135,8 +138,10 @@ def target_names(model: nn.Module, asked: str) -> list[str]:
     """Names of the layers to adapt, as short as they can be (`q_proj`) without meaning any layer elsewhere.
 
     `all-linear` is every linear layer of the decoder blocks: not the head, the embeddings, a router, or another tower.
+    The head can be asked for by its name.
     """
     linear = _linear_layers(model)
+    head = [name for name, module in unwrapped(model).named_modules() if module is model.get_output_embeddings()]
     if not linear:
         kinds = sorted({type(m).__name__ for layer in decoder_layers(model).values() for m in layer.modules()})
         raise ModelError(f"no linear layer to adapt in the decoder blocks. They hold {', '.join(kinds)}.")
@@ -144,9 +149,9 @@ def target_names(model: nn.Module, asked: str) -> list[str]:
         chosen = linear
     else:
         wanted = [name.strip() for name in asked.split(",") if name.strip()]
-        chosen = [name for name in linear if any(_matches(name, one) for one in wanted)]
-        unknown = [one for one in wanted if not any(_matches(name, one) for name in linear)]
-        known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+        chosen = [name for name in linear + head if any(_matches(name, one) for one in wanted)]
+        unknown = [one for one in wanted if not any(_matches(name, one) for name in linear + head)]
+        known = ", ".join(sorted({name.rpartition(".")[2] for name in linear + head}))
         problems = [f"{one}: no such linear layer" for one in unknown]
         raise_collected(
             ModelError, "lora_target_modules:", problems, f"Expected {ALL_LINEAR}, or names out of: {known}."
@@ -199,7 +204,7 @@ def _settings(config: LoraConfig) -> dict[str, object]:
     return {
         "lora_r": config.r,
         "lora_alpha": float(config.lora_alpha),
-        "lora_dropout": config.lora_dropout,
+        "lora_dropout": float(config.lora_dropout),
         "lora_target_modules": targets if isinstance(targets, str) else ",".join(sorted(targets)),
         "use_rslora": config.use_rslora,
         "use_dora": config.use_dora,

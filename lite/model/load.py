@@ -111,10 +111,16 @@ def load_model(recipe: Recipe) -> PreTrainedModel:
             device_map={"": target},
             quantization_config=quantisation,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, together with what is missing
         )
     # transformers fills what a checkpoint lacks with random numbers and warns; training on those helps nobody.
-    missing = [f"{name}: not in the checkpoint" for name in sorted(report["missing_keys"])]
-    raise_collected(ModelError, f"{source}: weights are missing:", missing, "Fetch the checkpoint again, whole.")
+    problems = [f"{name}: not in the checkpoint" for name in sorted(report["missing_keys"])]
+    problems += [
+        f"{name}: {tuple(found)} in the checkpoint, {tuple(expected)} by config.json"
+        for name, found, expected in sorted(report["mismatched_keys"])
+    ]
+    advice = "Fetch the checkpoint again, whole, with its own config.json."
+    raise_collected(ModelError, f"{source}: config.json and weights do not fit:", problems, advice)
     model.config.use_cache = False
     model.requires_grad_(False).eval()
     _steady(model)

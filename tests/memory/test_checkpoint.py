@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from lite.errors import ModelError
 from lite.memory.checkpoint import checkpoint_layers
 
 IDS = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -90,3 +91,14 @@ def test_frozen_embeddings_need_no_hook():
 def test_a_negative_count_is_refused():
     with pytest.raises(ValueError, match="count = -1"):
         checkpoint_layers(tiny_model(), -1)
+
+
+class Block(nn.Linear):
+    """A block as a model repository's own code may have it."""
+
+
+def test_layers_that_cannot_recompute_are_named():
+    model = tiny_model()
+    model.model.layers = nn.ModuleList([Block(32, 32), Block(32, 32)])
+    with pytest.raises(ModelError, match=r"Block cannot be computed again .* --no-gradient-checkpointing"):
+        checkpoint_layers(model)

@@ -127,13 +127,21 @@ def test_asked_layers_only(model_folder: Folder):
 
 def test_layers_that_do_not_exist_are_named_with_those_that_do(model_folder: Folder):
     with pytest.raises(ModelError) as caught:
-        attached(Recipe(model=str(model_folder("phi3")), lora_target_modules="q_proj,o_proj,lm_head"))
+        attached(Recipe(model=str(model_folder("phi3")), lora_target_modules="q_proj,o_proj,embed_tokens"))
     assert str(caught.value).splitlines() == [
         "lora_target_modules:",
         "  q_proj: no such linear layer",
-        "  lm_head: no such linear layer",
-        "Expected all-linear, or names out of: down_proj, gate_up_proj, o_proj, qkv_proj.",
+        "  embed_tokens: no such linear layer",
+        "Expected all-linear, or names out of: down_proj, gate_up_proj, lm_head, o_proj, qkv_proj.",
     ]
+
+
+def test_the_head_is_adapted_where_it_is_asked_for(model_folder: Folder, tmp_path: Path, ids: torch.Tensor):
+    base = {"model": str(model_folder("qwen3")), "dtype": "float32"}
+    model = trained(attached(Recipe(**base, lora_target_modules="lm_head,q_proj")))
+    assert model.peft_config["default"].target_modules == {"lm_head", "q_proj"}
+    adapters.save(model, tmp_path)
+    assert torch.equal(attached(Recipe(**base, adapter=str(tmp_path)))(ids).logits, model(ids).logits)
 
 
 def test_a_router_that_is_a_linear_layer_is_not_adapted():

@@ -41,7 +41,7 @@ def test_a_token_does_not_depend_on_its_neighbours():
     outlier[0, 7] = 50.0
     both = torch.cat([token, outlier])
     torch.testing.assert_close(ours(both)[:1], ours(token), rtol=1e-5, atol=1e-5)
-    assert (theirs(both)[:1] - theirs(token)).abs().max() > 1e-2
+    assert (theirs(both)[:1] - theirs(token)).abs().max() > 1e-3
 
 
 def test_an_outlier_costs_no_precision():

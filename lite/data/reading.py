@@ -54,10 +54,10 @@ def read(
     for place, row in rows:
         try:
             named = _named(row, columns)
-            chosen = _choose(named, formats, example, format)
+            chosen = _choose(named, row, formats, example=example, asked=format)
+            found.examples.extend(_examples(chosen, named, place, example=example, chat=chat))
             used[chosen.name] += 1
             unused.update(named.keys() - {*chosen.keys, *chosen.optional, "weight"})
-            found.examples.extend(_examples(chosen, named, place, example=example, chat=chat))
         except BadRow as error:
             found.problems.append(Problem(place, str(error)))
     found.notes.extend(_notes(used, unused, example))
@@ -95,15 +95,17 @@ def _named(row: Row, columns: Mapping[str, str]) -> Row:
     return named
 
 
-def _choose(row: Row, formats: list[Format], example: str, asked: str | None) -> Format:
-    """The format with most keys in the row; on a tie the one registered first."""
-    keys = frozenset(row)
+def _choose(named: Row, row: Row, formats: list[Format], *, example: str, asked: str | None) -> Format:
+    """The format with most keys in the named row; on a tie the one registered first. `row` has the user's names."""
+    keys = frozenset(named)
     best = max(formats, key=lambda f: f.matches(keys))
     if best.matches(keys):
         return best
-    near = min(formats, key=lambda f: (len(set(f.keys) - keys), -len(keys.intersection(f.keys))))
-    missing = [key for key in near.keys if key not in row]
-    found = sorted(map(str, row))
+    near = max(
+        formats, key=lambda f: (len(keys.intersection(f.keys)), -len(f.keys) if keys.intersection(f.keys) else 0)
+    )
+    missing = [key for key in near.keys if key not in keys]
+    found = sorted(str(key) for key, value in row.items() if value is not None)
     advice = f"Rename the columns with --columns {','.join(f'{key}=YOURS' for key in missing)}"
     if asked:
         raise BadRow(f"the format {near} misses {', '.join(missing)} in a row with the keys {found}. {advice}.")

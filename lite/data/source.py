@@ -174,7 +174,8 @@ def _parquet(content: bytes, name: str) -> Rows:
 
 def _add(found: Rows, place: Place, row: Any) -> None:
     if not isinstance(row, dict):
-        found.problems.append(Problem(place, f"found {_kind(row)} {shown(row)}. Expected an object of named columns."))
+        kind = "null" if row is None else f"{_kind(row)} {shown(row)}"
+        found.problems.append(Problem(place, f"found {kind}. Expected an object of named columns."))
     elif _has_lone_surrogate(row):
         problem = "a \\ud… escape without its partner is no character. Write the text as UTF-8 or as whole escapes."
         found.problems.append(Problem(place, problem))
@@ -203,14 +204,13 @@ def _not_utf8(error: UnicodeDecodeError) -> str:
 
 
 def _not_json(error: json.JSONDecodeError | RecursionError) -> str:
-    where = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-    what = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
-    return f"not JSON: {what}{where}. Expected one whole object."
+    what = f"{error.msg} (column {error.colno})" if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+    return f"not JSON: {what}. Expected one whole object."
 
 
 def _kind(value: Any) -> str:
     names = {dict: "object", list: "list", str: "text", bool: "true/false", int: "number", float: "number"}
-    return names.get(type(value), "null")
+    return names.get(type(value), type(value).__name__)
 
 
 _READERS = {".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}

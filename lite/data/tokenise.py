@@ -65,7 +65,7 @@ def tokenise(
         for example, made in zip(chunk, _chunk(chunk, tokenizer, template), strict=True):
             try:
                 if not isinstance(made, BadRow) and made.longest > max_length:
-                    made = _cut(example, tokenizer, template, max_length, ledger)
+                    made = _cut(example, made, tokenizer, template, max_length=max_length, ledger=ledger)
                 if isinstance(made, BadRow):
                     raise made
                 if made is None:
@@ -183,26 +183,32 @@ def _ended(completion: list[int], template: Template) -> list[int]:
 
 
 def _cut(
-    example: Example, tokenizer: "PreTrainedTokenizerBase", template: Template, max_length: int, ledger: Ledger
+    example: Example,
+    whole: TokenExample,
+    tokenizer: "PreTrainedTokenizerBase",
+    template: Template,
+    *,
+    max_length: int,
+    ledger: Ledger,
 ) -> TokenExample | BadRow | None:
     """The example with as few turns cut from its prompt's start as make it fit, or None if even that is too long."""
-
-    def tokens(prompt: Messages) -> TokenExample | BadRow:
-        return _chunk([replace(example, prompt=prompt)], tokenizer, template)[0]
+    shorter = shortenings(example.prompt) if template.source else []
+    room = max_length - max(map(len, whole.completions))
 
     def fits(prompt: Messages) -> bool:
-        made = tokens(prompt)
-        return isinstance(made, BadRow) or made.longest <= max_length
+        # Only the prompt changes, so only it is encoded to find the cut; the whole is encoded once, below.
+        asked = render(tokenizer, template.source, prompt, generation_prompt=True)
+        return len(encode(tokenizer, [asked])[0]) <= room
 
-    shorter = shortenings(example.prompt)
-    first = bisect_left(shorter, True, key=fits)
-    if first == len(shorter):
-        ledger.dropped[f"{TOO_LONG} ({max_length} tokens)"].append(example.place)
-        return None
-    made = tokens(shorter[first])
-    if not isinstance(made, BadRow):
-        ledger.cut[f"{CUT} ({max_length} tokens)"].append(example.place)
-    return made
+    for prompt in shorter[bisect_left(shorter, True, key=fits) :]:
+        made = _chunk([replace(example, prompt=prompt)], tokenizer, template)[0]
+        if isinstance(made, BadRow):
+            return made
+        if made.longest <= max_length:
+            ledger.cut[f"{CUT} ({max_length} tokens)"].append(example.place)
+            return made
+    ledger.dropped[f"{TOO_LONG} ({max_length} tokens)"].append(example.place)
+    return None
 
 
 def shortenings(prompt: Text) -> list[Messages]:

@@ -1,10 +1,10 @@
 """Tokenizers made from nothing, byte-level BPE as Qwen2's, with the templates that real models bring."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -30,7 +30,10 @@ MISTRAL = (
     "{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
     "{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
 )
-PLAIN_END = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+PLAIN_END = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
 # Qwen3's: an answer after the last question is written with its thoughts, an earlier one without.
 QWEN3 = (
     "{% set ns = namespace(last=0) %}"
@@ -49,15 +52,22 @@ SPECIAL = [
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|eot_id|>"),
     *("<|start_header_id|>", "<|end_header_id|>", "<think>", "</think>"),
 ]
-Make = Callable[..., PreTrainedTokenizerBase]
+# Qwen2's and Llama 3's: line ends stay together, whatever follows.
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
-def made(template: str | None, *, bos: str | None = None, eos: str | None = "<|endoftext|>", adds_bos: bool = False):
+def made(
+    template: str | None, *, bos: str | None = None, eos: str | None = "<|endoftext|>", adds_bos: bool = False
+) -> PreTrainedTokenizerBase:
     """A byte-level BPE tokenizer with one merge, "\\n\\n", which spans the seam between a header and a text."""
     alphabet = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     newline = "Ċ"  # how byte-level BPE spells the line end
     backend = Tokenizer(models.BPE({**alphabet, newline * 2: len(alphabet)}, [(newline, newline)]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = pre_tokenizers.Split(Regex(WORDS), "isolated")
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     if adds_bos:
@@ -75,7 +85,7 @@ def chatml() -> PreTrainedTokenizerBase:
 
 
 @pytest.fixture
-def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str | bytes], str]]:
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str | bytes], str]:
     """Writes a file into the working folder and returns its name, as a user types it."""
     monkeypatch.chdir(tmp_path)
 
@@ -83,4 +93,4 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
         Path(name).write_bytes(content.encode() if isinstance(content, str) else content)
         return name
 
-    yield write
+    return write

@@ -197,6 +197,8 @@ class Trainer(transformers.Trainer):
         """Held-out metrics, by lite's own pass: Trainer's takes a list of packs for a batch of one and weighs it so."""
         found = self.record_evaluation()
         self.progress.evaluation(f"at step {self.state.global_step}", found)
+        # It also takes back the wish to evaluate, which Trainer looks at once more when the last step is done.
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         return found
 
     def record_evaluation(self) -> dict[str, float]:

@@ -174,3 +174,11 @@ def test_learning_rate_warms_up_and_comes_down(trainer: Callable) -> None:
     rates = [line["learning_rate"] for line in metrics.read(made.folder / "metrics.jsonl")]
     expected = [step / 3 for step in range(3)] + [0.5 * (1 + math.cos(math.pi * step / 7)) for step in range(7)]
     assert rates == pytest.approx(expected)
+
+
+def test_each_evaluation_is_one_line(trainer: Callable) -> None:
+    """Every three steps and at the end: Trainer asks for the last one again when its epoch ends."""
+    made = trainer(eval_steps=3)
+    made.train()
+    lines = metrics.read(made.folder / "metrics.jsonl")
+    assert [line["step"] for line in lines if "eval_loss" in line] == [3, 6, 9, 10]

@@ -107,7 +107,7 @@ def _examples(recipe: Recipe, template: Template) -> tuple[list[Example], list[E
     if "eval_data" in readings:
         return train, readings["eval_data"].examples, ledger, problems
     train, held_out = split(train)
-    ledger.notes.append(f"{len(held_out)} examples held out by the hash of their prompt")
+    ledger.notes.append(f"{len(held_out)} examples held out, chosen by their content")
     return train, held_out, ledger, problems
 
 

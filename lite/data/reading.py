@@ -145,7 +145,7 @@ def _as_type(one: Example, example: str) -> list[Example]:
             UnpairedPreference(one.prompt, one.chosen, True, place, weight),
             UnpairedPreference(one.prompt, one.rejected, False, place, weight),
         ]
-    raise BadRow(f"gives a {type(one).__name__}, which cannot serve as {example}: choose another --format.")
+    raise BadRow(f"its format gives a {type(one).__name__}, which is no {example}: expected another --format.")
 
 
 def _spoken(one: Example) -> Example:

@@ -7,7 +7,7 @@ template puts after an answer, and the first special token of that ends the turn
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lite.data.examples import Messages
 from lite.data.problems import BadRow
@@ -62,6 +62,11 @@ def read_template(tokenizer: "PreTrainedTokenizerBase", chat_template: str = AUT
         ]
     except BadRow as error:
         raise DataError(f"A question and its answer cannot be rendered: {error}") from None
+    if not all(answer in whole for answer, whole in zip(ANSWERS, wholes, strict=True)):
+        raise DataError(
+            f"The chat template leaves out what the assistant says: {wholes[0]!r}.\nExpected one that takes content "
+            "as text (this one may want a list of parts). Give another with --chat-template FILE."
+        )
     closing = _closing(tokenizer, wholes)
     stops = (closing[0], tokenizer.eos_token_id)
     return Template(
@@ -159,11 +164,3 @@ def _seam(tokenizer: "PreTrainedTokenizerBase", asked: str, wholes: Sequence[str
     head, *rest = encode(tokenizer, [asked[:start], *(text[start:] for text in texts)])
     same = all(head + tail == ids for tail, ids in zip(rest, encode(tokenizer, texts), strict=True))
     return asked[start:] if same else ""
-
-
-def plain_messages_problem(said: Any) -> str:
-    """What to say of a conversation where there is no chat template."""
-    return (
-        f"a conversation of {len(said)} turns needs a chat template, and there is none. "
-        "Give one with --chat-template FILE, or rows with prompt and completions as text."
-    )

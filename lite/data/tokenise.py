@@ -9,7 +9,6 @@ it is scored. A completion is never cut; a prompt only by whole turns, from its 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import reduce
 from itertools import takewhile
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,7 +16,7 @@ from lite.data import turns
 from lite.data.examples import Example, Messages, Preference, Text, TokenExample, UnpairedPreference
 from lite.data.ledger import Ledger
 from lite.data.problems import BadRow, Problem
-from lite.data.template import Template, encode, plain_messages_problem, render
+from lite.data.template import Template, encode, render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,7 +58,7 @@ def tokenise(
     progress(done, total) is called after each chunk. Problems are returned, and not entered in the ledger.
     """
     found = Tokenised([], [], [])
-    same = list(range(len(tokenizer)))
+    same = list(range(1 + max(tokenizer.get_vocab().values())))
     for start in range(0, len(examples), CHUNK):
         chunk = examples[start : start + CHUNK]
         for example, made in zip(chunk, _chunk(chunk, tokenizer, template), strict=True):
@@ -116,7 +115,10 @@ def _rendered(example: Example, tokenizer: "PreTrainedTokenizerBase", template: 
     if template.source is None:
         for said in (example.prompt, *completions(example)):
             if not isinstance(said, str):
-                raise BadRow(plain_messages_problem(said))
+                raise BadRow(
+                    f"a conversation of {len(said)} turns needs a chat template, and there is none. Give one with "
+                    "--chat-template FILE, or rows with prompt and completions as text."
+                )
         return Rendered("", example.prompt, tuple(example.prompt + said for said in completions(example)))
     asked = turns.as_messages(example.prompt, "user")
     prompt = render(tokenizer, template.source, asked, generation_prompt=True)
@@ -227,6 +229,5 @@ def _interned(made: TokenExample, same: list[int]) -> TokenExample:
 
 
 def _holds(example: Example, end_of_turn: str) -> bool:
-    said = [example.prompt, *completions(example)]
-    texts = reduce(lambda a, b: a + b, (turns.as_messages(text, "user") for text in said))
-    return any(end_of_turn in turn["content"] for turn in texts)
+    said = (example.prompt, *completions(example))
+    return any(end_of_turn in turn["content"] for text in said for turn in turns.as_messages(text, "user"))

@@ -330,6 +330,9 @@ def test_asked_format_and_columns_must_fit():
     assert problem(row, columns={"chosen": "good"}) == (
         "pairs.jsonl:17: there is no column 'good' as --columns says; the row has ['answer', 'prompt']."
     )
+    assert problem({"messages": [*TALK, assistant("Yes")]}, format="conversation") == (
+        "pairs.jsonl:17: its format gives a PromptCompletion, which is no preference: expected another --format."
+    )
     with pytest.raises(
         RecipeError, match=r"^format = 'preferences': no such format\. Did you mean preference\? Known:"
     ):

@@ -39,7 +39,7 @@ def test_every_example_beside_its_tokens(write, chatml):
     assert prepared.ledger.lines() == [
         "kept 40 of 40 rows",
         "  40 rows read as preference (prompt, chosen, rejected)",
-        "  2 examples held out by the hash of their prompt",
+        "  2 examples held out, chosen by their content",
     ]
 
 

@@ -1,8 +1,15 @@
 """What is read off a chat template, without knowing any by name."""
 
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
 import pytest
 
+from lite.data.examples import Place, Preference
+from lite.data.ledger import Ledger
 from lite.data.template import encode, read_template, render
+from lite.data.tokenise import tokenise
 from lite.errors import DataError
 
 from .conftest import CHATML, CHATML_DEFAULT_SYSTEM, LLAMA3, MISTRAL, PLAIN_END, QWEN3, made
@@ -43,6 +50,44 @@ def test_a_template_without_an_end_of_turn_token_is_refused():
 def test_an_end_of_turn_that_the_tokenizer_does_not_know_is_refused():
     with pytest.raises(DataError, match="ends an answer with '</turn>\\\\n': expected a special token"):
         read_template(made(CHATML.replace("<|im_end|>", "</turn>")))
+
+
+def test_a_template_that_leaves_the_answer_out_is_refused():
+    """Vision models' templates want a list of parts, and write nothing for text."""
+    parts = CHATML.replace("m['content']", "(m['content'] | selectattr('text') | map(attribute='text') | join)")
+    with pytest.raises(DataError, match=r"^The chat template leaves out what the assistant says: '<\|im_start\|>user"):
+        read_template(made(parts))
+
+
+TRL = find_spec("trl")
+REAL = {  # the end of the prompt, and the chosen completion
+    "qwen2_5": ("<|im_end|>\n<|im_start|>assistant\n", "Yes<|im_end|>"),
+    "qwen3": ("<|im_end|>\n<|im_start|>assistant\n", "<think>\n\n</think>\n\nYes<|im_end|>"),
+    "qwen3_instruct_2507": ("<|im_end|>\n<|im_start|>assistant\n", "Yes<|im_end|>"),
+    "llama3_1": ("<|start_header_id|>assistant<|end_header_id|>\n\n", "Yes<|eot_id|>"),
+    "gemma3": ("<end_of_turn>\n<start_of_turn>model\n", "Yes<end_of_turn>"),
+    "phi3_5": ("<|end|>\n<|assistant|>\n", "Yes<|end|>"),
+    "gptoss": ("<|end|><|start|>assistant", "<|channel|>final<|message|>Yes<|return|>"),
+    "deepseekv3": ("<｜User｜>Up?<｜Assistant｜>", "Yes<｜end▁of▁sentence｜>"),
+    "cohere": ("<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>", "Yes<|END_OF_TURN_TOKEN|>"),
+}
+
+
+@pytest.mark.skipif(not TRL, reason="the templates of real models are read from trl's folder")
+@pytest.mark.parametrize("name", REAL)
+def test_templates_of_real_models(name):
+    source = (Path(TRL.origin).parent / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
+    tokenizer = made(source, bos="<|begin_of_text|>")
+    specials = re.findall(r"<[|｜][^|｜<>\n]+[|｜]>|</?(?:start_of_turn|end_of_turn|think)>", source)
+    tokenizer.add_special_tokens({"additional_special_tokens": sorted(set(specials))})
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    pair = Preference([*talk, {"role": "user", "content": "Up?"}], "Yes", "No", Place("pairs.jsonl", 1))
+    made_of = tokenise([pair], tokenizer, read_template(tokenizer), max_length=4096, ledger=Ledger())
+    (example,) = made_of.tokens
+    end, chosen = REAL[name]
+    assert tokenizer.decode(example.prompt).endswith(end)
+    assert tokenizer.decode(example.completions[0]) == chosen
+    assert tokenizer.decode(example.completions[1]) == chosen.replace("Yes", "No")
 
 
 def test_plain_text_ends_with_eos():

@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -92,7 +92,9 @@ def load(model: PeftModel, folder: Path) -> None:
     ]
     advice = "Expected the adapter that was trained with these settings on this model."
     raise_collected(ModelError, f"{folder / WEIGHTS} does not fit the model:", sorted(problems), advice)
-    set_peft_model_state_dict(model, saved)
+    with torch.no_grad():
+        for name, tensor in live.items():
+            tensor.copy_(saved[name])
 
 
 def trainable(model: PeftModel) -> str:
@@ -242,8 +244,8 @@ def _note_base(model: PreTrainedModel, config: LoraConfig, folder: Path) -> None
 
 
 def _state(model: PeftModel) -> dict[str, Tensor]:
-    # Handing in the parameters keeps peft from packing the whole quantised base into a state dict;
-    # save_embedding_layers, from asking the hub whether the vocabulary has grown.
+    # The live parameters, by the names they are saved under. Handing them in keeps peft from packing the whole
+    # quantised base into a state dict; save_embedding_layers, from asking the hub whether the vocabulary has grown.
     return get_peft_model_state_dict(model, state_dict=dict(model.named_parameters()), save_embedding_layers=False)
 
 

@@ -80,6 +80,8 @@ def test_a_step_and_a_round_trip_through_plain_peft(
     gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
     assert all(gradient is not None and gradient.isfinite().all() and gradient.any() for gradient in gradients)
     adapters.save(model, tmp_path)
+    again = attached(recipe.model_copy(update={"adapter": str(tmp_path)}))
+    assert torch.equal(again.eval()(ids).logits, model.eval()(ids).logits)
     plain = PeftModel.from_pretrained(load.load_model(recipe), str(tmp_path))
     torch.testing.assert_close(plain(ids).logits, model.eval()(ids).logits, rtol=1e-4, atol=1e-5)
 

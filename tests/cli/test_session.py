@@ -1,0 +1,78 @@
+"""A run as a user types it, with the bundled model: what is left, and what is said where."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lite import recipe as recipes
+from lite.cli import main
+from lite.cli.training import BUNDLED_RECIPE
+
+MODEL = BUNDLED_RECIPE.parent / "model"
+pytestmark = pytest.mark.skipif(not MODEL.exists(), reason="the bundled model has not been made")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps on eight pairs."""
+    folder = tmp_path_factory.mktemp("session")
+    rows = (BUNDLED_RECIPE.parent / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    (folder / "pairs.jsonl").write_text("\n".join(rows[:8]), encoding="utf-8")
+    (folder / "held_out.jsonl").write_text("\n".join(rows[8:12]), encoding="utf-8")
+    return folder / "run"
+
+
+def arguments(run: Path) -> list[str]:
+    data = ["--data", str(run.parent / "pairs.jsonl"), "--eval-data", str(run.parent / "held_out.jsonl")]
+    few = ["--max-steps", "2", "--batch-size", "4", "--samples", "1", "--dtype", "float32", "--lora-r", "4"]
+    return ["orpo", *data, *few, "--output-dir", str(run)]
+
+
+def test_json_then_the_same_run_again(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """stdout is the result and nothing else; progress is on stderr; a second run does not overwrite the first."""
+    code = "import sys; from lite.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, *arguments(run), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert (result["run"], result["steps"]) == (str(run), 2)
+    assert result.keys() == {"run", "steps", "seconds", "peak_bytes", "eval_before", "eval_after"}
+    for when in ("eval_before", "eval_after"):
+        assert {"eval_loss", "eval_rewards/accuracies", "eval_rewards/margins"} <= result[when].keys()
+    assert "step 2/2" in done.stderr
+    assert "kept 12 of 12 rows" in done.stderr
+    assert all(character.isprintable() or character == "\n" for character in done.stderr)
+    recipe = recipes.load(run / "recipe.yaml")
+    assert (recipe.lora_r, recipe.max_steps, recipe.dtype) == (4, 2, "float32")
+
+    assert main(arguments(run)) == 2
+    said = capsys.readouterr()
+    assert f"lite resume {run}" in said.err
+    assert said.out == ""
+
+    assert main(["resume", str(run)]) == 0
+    page = capsys.readouterr().out
+    assert "held-out rows" in page
+    assert "before" in page
+    assert str(run / "adapter").replace("\n", "") in page
+    assert f"lite orpo --model bundled --run {run}" in page
+
+
+def test_rows_that_cannot_be_read_end_it_before_there_is_a_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "bad.jsonl"
+    data.write_text('{"prompt": "a", "chosen": \n', encoding="utf-8")
+    assert main(["orpo", "--data", str(data), "--output-dir", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr()
+    assert f"{data}:1" in said.err
+    assert "Traceback" not in said.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["resume", str(tmp_path / "none")]) == 2
+    assert "no run is there" in capsys.readouterr().err

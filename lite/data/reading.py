@@ -50,13 +50,13 @@ def read(
     formats = [f for f in FORMATS.values() if f.gives in SOURCES[example]]
     if format:
         formats = [f for f in FORMATS.values() if f.name == format]
-    found, used, unused = Reading([], [], []), Counter[str](), Counter[str]()
+    found, used, unused = Reading([], [], []), Counter[tuple[str, str]](), set[str]()
     for place, row in rows:
         try:
             named = _named(row, columns)
             chosen = _choose(named, row, formats, example=example, asked=format)
             found.examples.extend(_examples(chosen, named, place, example=example, chat=chat))
-            used[chosen.name] += 1
+            used[place.file, chosen.name] += 1
             unused.update(named.keys() - {*chosen.keys, *chosen.optional, "weight"})
         except BadRow as error:
             found.problems.append(Problem(place, str(error)))
@@ -174,9 +174,9 @@ def _weight(value: Any) -> float:
     return weight
 
 
-def _notes(used: Counter[str], unused: Counter[str], example: str) -> list[str]:
-    notes = [f"{count} rows read as {FORMATS[name]}" for name, count in used.items()]
-    pairs = sum(count for name, count in used.items() if FORMATS[name].gives is Preference)
+def _notes(used: Counter[tuple[str, str]], unused: set[str], example: str) -> list[str]:
+    notes = [f"{file}: {count} rows read as {FORMATS[name]}" for (file, name), count in used.items()]
+    pairs = sum(count for (_, name), count in used.items() if FORMATS[name].gives is Preference)
     if pairs and example == "completion":
         notes.append(f"{pairs} rows are pairs: their chosen is the completion, their rejected is not used")
     if pairs and example == "unpaired":

@@ -195,12 +195,17 @@ def _cut(
 ) -> TokenExample | BadRow | None:
     """The example with as few turns cut from its prompt's start as make it fit, or None if even that is too long."""
     shorter = shortenings(example.prompt) if template.source else []
-    room = max_length - max(map(len, whole.completions))
+
+    def length(prompt: Text) -> int:
+        asked = turns.as_messages(prompt, "user")
+        return len(encode(tokenizer, [render(tokenizer, template.source, asked, generation_prompt=True)])[0])
+
+    # Only the prompt changes, so only it is encoded to find the cut; the whole is encoded once, below.
+    too_many = whole.longest - max_length
+    longest = length(example.prompt) - too_many if shorter else 0
 
     def fits(prompt: Messages) -> bool:
-        # Only the prompt changes, so only it is encoded to find the cut; the whole is encoded once, below.
-        asked = render(tokenizer, template.source, prompt, generation_prompt=True)
-        return len(encode(tokenizer, [asked])[0]) <= room
+        return length(prompt) <= longest
 
     for prompt in shorter[bisect_left(shorter, True, key=fits) :]:
         made = _chunk([replace(example, prompt=prompt)], tokenizer, template)[0]

@@ -218,7 +218,7 @@ def test_weight_of_a_row(weight):
 def test_notes_say_what_was_read_and_what_was_not():
     row = {"prompt": "Up?", "chosen": "Yes", "rejected": "No", "score": 3}
     assert read([(PLACE, row)] * 2, example="completion").notes == [
-        "2 rows read as preference (prompt, chosen, rejected)",
+        "pairs.jsonl: 2 rows read as preference (prompt, chosen, rejected)",
         "2 rows are pairs: their chosen is the completion, their rejected is not used",
         "columns not used: score",
     ]

@@ -38,7 +38,7 @@ def test_every_example_beside_its_tokens(write, chatml):
     assert prepared.bad_rows == []
     assert prepared.ledger.lines() == [
         "kept 40 of 40 rows",
-        "  40 rows read as preference (prompt, chosen, rejected)",
+        "  pairs.jsonl: 40 rows read as preference (prompt, chosen, rejected)",
         "  2 examples held out, chosen by their content",
     ]
 

@@ -223,6 +223,15 @@ def test_cutting_by_hand():
     assert (ledger.kept, ledger.rows) == (0, 1)
 
 
+def test_cutting_is_exact_where_the_prompt_ends_inside_the_generation_prompt(chatml):
+    """After a line end of the prompt, "\\nYes" takes it along: the prompt is a token shorter than it is rendered."""
+    short = run(chatml, Preference(TALK[2:], "\nYes", "No", PLACE))[0].tokens[0]
+    found, _ = run(chatml, Preference(TALK, "\nYes", "No", PLACE), max_length=short.longest)
+    assert found.tokens == [short]
+    found, _ = run(chatml, Preference(TALK, "\nYes", "No", PLACE), max_length=short.longest - 1)
+    assert found.tokens == []
+
+
 def test_a_long_completion_is_never_cut(chatml):
     found, ledger = run(chatml, Preference(TALK, "Yes", "No" * 100, PLACE), max_length=200)
     assert not found.tokens

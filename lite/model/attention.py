@@ -36,6 +36,7 @@ class Segment(NamedTuple):
 
     @property
     def keys(self) -> int:
+        """How many tokens the spans hold."""
         return sum(end - start for start, end in self.spans)
 
 

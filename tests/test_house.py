@@ -23,7 +23,7 @@ ROOMS += ["engine", "train", "cli"]
 # Third-party packages by the first room that may have them; `cli` adds its own and takes none of the machine's.
 MATHEMATICS = {"torch"}
 DATA = MATHEMATICS | {"transformers", "tokenizers", "jinja2", "pyarrow"}
-MACHINE = DATA | {"peft", "bitsandbytes", "safetensors", "accelerate", "huggingface_hub"}
+MACHINE = DATA | {"peft", "bitsandbytes", "safetensors", "accelerate", "psutil", "huggingface_hub"}
 PACKAGES = {
     "errors": set(),
     "spellings": set(),

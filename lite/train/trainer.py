@@ -242,11 +242,9 @@ class Trainer(transformers.Trainer):
         """Trainer's; and if the run has been made longer, the learning rate of the longer schedule from here on."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and state(Path(checkpoint))["steps"] != len(self.batches):
-            schedule = self.lr_scheduler
-            for group, base, factor in zip(
-                self.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
-            ):
-                group["lr"] = base * factor(schedule.last_epoch)
+            # The saved rate belongs to the shorter schedule: take the last step of the schedule again.
+            self.lr_scheduler.last_epoch -= 1
+            self.lr_scheduler.step()
 
 
 def state(checkpoint: Path) -> dict[str, Any]:

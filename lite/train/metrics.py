@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lite.train.checkpoints import sync
+
 METRICS = "metrics.jsonl"
 SPEED = "speed.jsonl"
 
@@ -67,8 +69,7 @@ def size(path: Path) -> int:
     """Bytes written so far, made to last: what a checkpoint remembers of the file."""
     if not path.exists():
         return 0
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    sync(path)
     return path.stat().st_size
 
 

@@ -11,12 +11,14 @@ runs/NAME/
   rows_skipped.txt  rows that could not be used, if --skip-bad-rows let it go on without them
 """
 
+import itertools
 import json
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from lite.errors import RunError, raise_collected
 from lite.recipe import Recipe
 from lite.train import checkpoints, metrics
 
+LOCK = ".lock"
 RECIPE = "recipe.yaml"
 IDENTITY = "identity.json"
 ENVIRONMENT = "environment.json"
@@ -54,22 +57,48 @@ class Run:
         return metrics.read(self.folder / metrics.METRICS)
 
 
-def free_folder(recipe: Recipe) -> Path:
-    """Where the run will be: the recipe's `output_dir`, else runs/METHOD-MODEL-TIME. Raises RunError if taken."""
+def require_free(recipe: Recipe) -> None:
+    """Raise RunError if the recipe's `output_dir` cannot take a run: to be asked before any work."""
+    if recipe.output_dir is None:
+        return
+    folder = Path(recipe.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"output_dir = {folder}: a file is there. Expected a folder, or nothing.")
+    if (folder / RECIPE).exists():
+        raise RunError(
+            f"output_dir = {folder}: holds a run already. Go on with it by `lite resume {folder}`, "
+            "or name another folder."
+        )
+
+
+def new_folder(recipe: Recipe) -> Path:
+    """Make the folder of a run: the recipe's `output_dir`, else runs/METHOD-MODEL-TIME, which nobody else has taken."""
     if recipe.output_dir is not None:
-        folder = Path(recipe.output_dir)
-        if folder.exists() and not folder.is_dir():
-            raise RunError(f"output_dir = {folder}: a file is there. Expected a folder, or nothing.")
-        if (folder / RECIPE).exists():
-            raise RunError(
-                f"output_dir = {folder}: holds a run already. Go on with it by `lite resume {folder}`, "
-                "or name another folder."
-            )
-        return folder
+        return _made(Path(recipe.output_dir), exist_ok=True)
     method, model = recipe.method.rpartition(":")[2], Path(recipe.model).name
-    name = re.sub(r"[^\w.-]+", "-", f"{method}-{model}-{time.strftime('%Y%m%d-%H%M%S')}")
-    folders = (Path("runs") / f"{name}{suffix}" for suffix in ("", *(f"-{n}" for n in range(2, 1000))))
-    return next(folder for folder in folders if not folder.exists())
+    first = Path("runs") / re.sub(r"[^\w.-]+", "-", f"{method}-{model}-{time.strftime('%Y%m%d-%H%M%S')}")
+    folder = first
+    for number in itertools.count(2):
+        try:
+            return _made(folder, exist_ok=False)
+        except FileExistsError:  # runs of a sweep may start within one second; whoever makes the folder has it
+            folder = first.with_name(f"{first.name}-{number}")
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold the run's lock, which the system takes back from a process that dies; RunError if another holds it."""
+    if os.name == "nt":
+        yield  # no flock there
+        return
+    import fcntl
+
+    with (folder / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"{folder}: another process is training there. Wait for it, or stop it.") from None
+        yield
 
 
 def create(
@@ -80,21 +109,13 @@ def create(
     *,
     skipped: Sequence[str] = (),
 ) -> None:
-    """Make the folder a run; `notes` are its other JSON files by name, `skipped` the rows that could not be used.
-
-    Raises RunError if it cannot be written.
-    """
-    try:
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        for name, content in {**notes, IDENTITY: identity}.items():
-            write_json(folder / name, content)
-        if skipped:
-            (folder / SKIPPED).write_text("\n".join(skipped) + "\n", encoding="utf-8")
-        save_recipe(folder, recipe)
-    except OSError as error:
-        raise RunError(
-            f"{folder}: the run cannot be written there: {error.strerror}. Choose another --output-dir."
-        ) from None
+    """Make the folder a run; `notes` are its other JSON files by name, `skipped` the rows that could not be used."""
+    (folder / "checkpoints").mkdir(exist_ok=True)
+    for name, content in {**notes, IDENTITY: identity}.items():
+        write_json(folder / name, content)
+    if skipped:
+        (folder / SKIPPED).write_text("\n".join(skipped) + "\n", encoding="utf-8")
+    save_recipe(folder, recipe)
 
 
 def save_recipe(folder: Path, recipe: Recipe) -> None:
@@ -125,21 +146,14 @@ def result(folder: Path) -> dict[str, Any] | None:
 
 
 def require_same(folder: Path, identity: Mapping[str, Any], *, but: str = "") -> None:
-    """Raise RunError naming everything that is not as it was when the run started, beside the setting `but`."""
+    """Raise RunError naming everything in `identity` that is not as when the run started, beside the setting `but`."""
     before = _identity(folder)
     now = json.loads(json.dumps(identity))
-    changed = [
-        f"{key}: was {before['recipe'].get(key)!r}, is {now['recipe'].get(key)!r} in {RECIPE}"
-        for key in dict.fromkeys([*before["recipe"], *now["recipe"]])
-        if before["recipe"].get(key) != now["recipe"].get(key) and key != but
-    ]
-    if before["data"] != now["data"]:
-        changed.append(f"data: the rows of {now['recipe']['data']} (or its held-out rows) are not those it began with")
-    changed += [
-        f"model: {key} was {before['model'].get(key)!r}, is {now['model'].get(key)!r}"
-        for key in dict.fromkeys([*before["model"], *now["model"]])
-        if before["model"].get(key) != now["model"].get(key)
-    ]
+    changed = [f"{what} in {RECIPE}" for what in _changes(before["recipe"], now.get("recipe"), but)]
+    if before["data"] != now.get("data", before["data"]):
+        source = now["recipe"]["data"]
+        changed.append(f"data: the rows of {source} (or its held-out rows) are not those that it began with")
+    changed += [f"model: {what}" for what in _changes(before["model"], now.get("model"))]
     advice = "Put it back as it was; `--max-steps` alone may be raised, by name. Or start a new run with --recipe."
     raise_collected(RunError, f"{folder} cannot go on, for this has changed since it started:", changed, advice)
 
@@ -179,11 +193,32 @@ def keep_start_adapter(folder: Path, adapter: Path) -> None:
     )
 
 
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any] | None, but: str = "") -> list[str]:
+    keys = dict.fromkeys([*before, *now]) if now is not None else ()
+    return [
+        f"{key}: was {before.get(key)!r}, is {now.get(key)!r}"
+        for key in keys
+        if before.get(key) != now.get(key) and key != but
+    ]
+
+
 def _identity(folder: Path) -> dict[str, Any]:
     try:
         return json.loads((folder / IDENTITY).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunError(f"{folder / IDENTITY}: cannot be read: {error}. Without it nothing can be compared.") from None
+
+
+def _made(folder: Path, *, exist_ok: bool) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=exist_ok)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise RunError(
+            f"{folder}: no run can be written there: {error.strerror}. Choose another --output-dir."
+        ) from None
+    return folder
 
 
 def _put(unfinished: Path, final: Path) -> None:

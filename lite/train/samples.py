@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from lite.data.examples import Example, Text, TokenExample
 from lite.data.prepare import Prepared
 from lite.model.attention import plain_attention
+from lite.train.run import write_json
 
 ANSWER_TOKENS = 64
 SAMPLES = "samples.json"
@@ -44,7 +45,7 @@ def save(folder: Path, when: str, samples: Sequence[Sample]) -> None:
     rows = {row["place"]: row for row in json.loads(path.read_text(encoding="utf-8"))} if path.exists() else {}
     for sample in samples:
         rows.setdefault(sample.place, {"place": sample.place, "prompt": sample.prompt})[when] = sample.answer
-    path.write_text(json.dumps(list(rows.values()), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(path, list(rows.values()))
 
 
 def _greedy(model: PreTrainedModel, example: TokenExample, stop_ids: Sequence[int]) -> list[int]:

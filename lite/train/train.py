@@ -85,15 +85,14 @@ def train(recipe: Recipe, progress: Progress | None = None) -> Run:
     progress = progress or Quiet()
     try:
         started = time.perf_counter()
-        folder = run.free_folder(recipe)
+        run.require_free(recipe)
         recipe = adapters.settle(recipe)
-        work = _set_up(recipe, progress, start_adapter=None)
-        if (start_adapter := adapters.continued_from(recipe)) is not None:
-            run.keep_start_adapter(folder, start_adapter)
-        notes = {run.ENVIRONMENT: machine.environment(work.model.device), run.LEDGER: work.data.ledger.to_dict()}
-        run.create(folder, recipe, work.identity(), notes, skipped=work.data.bad_rows)
-        progress.note(f"run: {folder}")
-        return _carry_out(work, folder, None, started)
+        work = _set_up(recipe, *_read(recipe, progress), progress)
+        folder = run.new_folder(recipe)
+        with run.alone(folder):
+            _write_start(work, folder)
+            progress.note(f"run: {folder}")
+            return _carry_out(work, folder, None, started)
     finally:
         progress.close()
 
@@ -120,29 +119,46 @@ def resume(folder: str | Path, max_steps: int | None = None, progress: Progress 
             raise RunError(
                 f"--max-steps {max_steps}: {folder} has {planned} planned, which may be raised, not lowered."
             )
-        start_adapter = folder / run.START_ADAPTER
-        work = _set_up(
-            recipe if max_steps is None else recipe.model_copy(update={"max_steps": max_steps}),
-            progress,
-            start_adapter=start_adapter if start_adapter.is_dir() else None,
-        )
-        run.require_same(folder, work.identity(), but="max_steps" if max_steps is not None else "")
-        if max_steps is not None:
-            run.extend(folder, work.recipe, work.identity())
-        run.note_environment(folder, machine.environment(work.model.device), progress.note)
-        return _carry_out(work, folder, _go_back(folder, progress), started)
+        with run.alone(folder):
+            longer = recipe if max_steps is None else recipe.model_copy(update={"max_steps": max_steps})
+            tokenizer, data = _read(longer, progress)
+            but = "max_steps" if max_steps is not None else ""
+            run.require_same(folder, {"recipe": longer.resolved(), "data": data.digest}, but=but)
+            start_adapter = folder / run.START_ADAPTER
+            kept = start_adapter if start_adapter.is_dir() else None
+            work = _set_up(longer, tokenizer, data, progress, start_adapter=kept)
+            run.require_same(folder, {"model": work.identity()["model"]})
+            if max_steps is not None:
+                run.extend(folder, longer, work.identity())
+            run.note_environment(folder, machine.environment(work.model.device), progress.note)
+            return _carry_out(work, folder, _go_back(folder, progress), started)
     finally:
         progress.close()
 
 
-def _set_up(recipe: Recipe, progress: Progress, start_adapter: Path | None) -> Work:
-    """Everything up to step 1. Nothing has been written yet, so a user's mistake leaves no folder behind."""
+def _read(recipe: Recipe, progress: Progress) -> tuple[PreTrainedTokenizerBase, Prepared]:
+    """The data, as token ids; nothing heavy yet."""
     trackers.require(recipe)
     progress.stage("reading the data")
     tokenizer = load.load_tokenizer(recipe)
     data = prepare(recipe, tokenizer)
     for line in data.ledger.lines():
         progress.note(line)
+    return tokenizer, data
+
+
+def _set_up(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Prepared,
+    progress: Progress,
+    *,
+    start_adapter: Path | None = None,
+) -> Work:
+    """Everything up to step 1; `start_adapter` stands in for the one that the recipe goes on from.
+
+    Nothing has been written yet, so a user's mistake leaves no folder behind.
+    """
     progress.stage(f"loading {recipe.model}")
     machine.reset_peak(load.device(recipe))
     here = recipe if start_adapter is None else recipe.model_copy(update={"adapter": str(start_adapter), "run": None})
@@ -160,6 +176,14 @@ def _set_up(recipe: Recipe, progress: Progress, start_adapter: Path | None) -> W
     return Work(recipe, tokenizer, data, model, chosen, path, objective, progress)
 
 
+def _write_start(work: Work, folder: Path) -> None:
+    """The files that make the folder a run, which resume can go on with from now on."""
+    if (start_adapter := adapters.continued_from(work.recipe)) is not None:
+        run.keep_start_adapter(folder, start_adapter)
+    notes = {run.ENVIRONMENT: machine.environment(work.model.device), run.LEDGER: work.data.ledger.to_dict()}
+    run.create(folder, work.recipe, work.identity(), notes, skipped=work.data.bad_rows)
+
+
 def _carry_out(work: Work, folder: Path, checkpoint: Path | None, started: float) -> Run:
     """The steps from `checkpoint` on, with a look at the held-out rows before and after; the result in the folder."""
     recipe, progress, batches = work.recipe, work.progress, work.batches
@@ -170,7 +194,7 @@ def _carry_out(work: Work, folder: Path, checkpoint: Path | None, started: float
         batches,
         objective=work.objective,
         path=work.path,
-        evaluate=work.evaluate,
+        evaluate=work.evaluate if work.data.held_out else None,
         folder=folder,
         progress=progress,
         request=request,

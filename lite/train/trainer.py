@@ -51,10 +51,10 @@ class Batches(Sequence[Batch]):
         return self.epoch_batches(epoch)[position]
 
 
-def arguments(recipe: Recipe, folder: Path, steps: int, device: torch.device) -> TrainingArguments:
+def arguments(recipe: Recipe, folder: Path, steps: int, *, device: torch.device, evaluates: bool) -> TrainingArguments:
     """The recipe in Trainer's words. Nothing here can switch on autocast, a gradient scaler or DataParallel."""
     made = TrainingArguments(
-        output_dir=str(folder / "checkpoints"),
+        output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=1,
         gradient_accumulation_steps=1,  # packs are accumulated inside the step, with the exact normaliser
@@ -69,7 +69,7 @@ def arguments(recipe: Recipe, folder: Path, steps: int, device: torch.device) ->
         logging_strategy="steps",
         logging_steps=recipe.logging_steps,
         logging_nan_inf_filter=False,  # it would put the mean of earlier losses in the place of a NaN
-        eval_strategy="steps" if recipe.eval_steps else "no",
+        eval_strategy="steps" if recipe.eval_steps and evaluates else "no",
         eval_steps=recipe.eval_steps,
         save_strategy="steps",
         save_steps=recipe.save_steps,
@@ -98,7 +98,7 @@ class Trainer(transformers.Trainer):
         *,
         objective: step.Objective,
         path: ForwardPath,
-        evaluate: Callable[[], dict[str, float]],
+        evaluate: Callable[[], dict[str, float]] | None,
         folder: Path,
         progress: Progress,
         request: Request,
@@ -113,7 +113,7 @@ class Trainer(transformers.Trainer):
         self.interval = metrics.Interval()
         super().__init__(
             model=model,
-            args=arguments(recipe, folder, len(batches), model.device),
+            args=arguments(recipe, folder, len(batches), device=model.device, evaluates=evaluate is not None),
             train_dataset=batches,
             eval_dataset=[],  # evaluation is `evaluate`; Trainer only wants to see that there is something
             callbacks=[_Watch(self, request)],

@@ -19,30 +19,41 @@ IDENTITY = {
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
+    (tmp_path / "run").mkdir()
     run.create(tmp_path / "run", Recipe(), IDENTITY, {run.LEDGER: {"kept": 1}}, skipped=["pairs.jsonl:3: no keys"])
     return tmp_path / "run"
 
 
 def test_default_names_are_distinct(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three runs within a second, as a sweep starts them."""
     monkeypatch.chdir(tmp_path)
-    recipe = Recipe(model="org/Some Model")
-    first = run.free_folder(recipe)
-    assert first.parent == Path("runs")
-    assert first.name.startswith("orpo-Some-Model-20")
-    first.mkdir(parents=True)
-    assert not run.free_folder(recipe).exists()
+    monkeypatch.setattr(run.time, "strftime", lambda form: "20260102-030405")
+    made = [run.new_folder(Recipe(model="org/Some Model")) for _ in range(3)]
+    assert made == [Path("runs") / f"orpo-Some-Model-20260102-030405{suffix}" for suffix in ("", "-2", "-3")]
+    assert all(folder.is_dir() for folder in made)
 
 
 def test_a_folder_that_holds_a_run_is_taken(folder: Path) -> None:
     with pytest.raises(RunError, match=rf"holds a run already. Go on with it by `lite resume {folder}`"):
-        run.free_folder(Recipe(output_dir=str(folder)))
+        run.require_free(Recipe(output_dir=str(folder)))
 
 
 def test_an_empty_folder_is_free_and_a_file_is_not(tmp_path: Path) -> None:
-    assert run.free_folder(Recipe(output_dir=str(tmp_path))) == tmp_path
+    recipe = Recipe(output_dir=str(tmp_path))
+    run.require_free(recipe)
+    assert run.new_folder(recipe) == tmp_path
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match="a file is there"):
-        run.free_folder(Recipe(output_dir=str(tmp_path / "file")))
+        run.require_free(Recipe(output_dir=str(tmp_path / "file")))
+    with pytest.raises(RunError, match="no run can be written there: Not a directory"):
+        run.new_folder(Recipe(output_dir=str(tmp_path / "file" / "below")))
+
+
+def test_two_processes_do_not_train_in_one_folder(folder: Path) -> None:
+    with run.alone(folder), pytest.raises(RunError, match="another process is training there"), run.alone(folder):
+        pytest.fail("both have it")
+    with run.alone(folder):
+        pass
 
 
 def test_create_can_be_read_back(folder: Path) -> None:
@@ -50,7 +61,7 @@ def test_create_can_be_read_back(folder: Path) -> None:
     assert run.planned_steps(folder) == 7
     assert run.result(folder) is None
     assert (folder / "rows_skipped.txt").read_text(encoding="utf-8") == "pairs.jsonl:3: no keys\n"
-    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+    assert not [path for path in folder.iterdir() if path.name.startswith(".") and path.name != run.LOCK]
 
 
 def test_no_run_is_there(tmp_path: Path) -> None:
@@ -73,7 +84,7 @@ def test_everything_that_changed_is_named_at_once(folder: Path) -> None:
     message = str(caught.value)
     assert "learning_rate: was 1e-05, is 2e-05" in message
     assert "the rows of other.jsonl" in message
-    assert "model: files was {'config.json': 10}, is {'config.json': 11}" in message
+    assert "model: files: was {'config.json': 10}, is {'config.json': 11}" in message
     assert "--max-steps" in message
 
 

@@ -10,12 +10,13 @@ from lite.model.attention import plain_attention
 from lite.train import samples
 from lite.train.progress import Quiet
 from lite.train.samples import Sample
-from lite.train.train import _set_up
+from lite.train.train import _read, _set_up
 
 
 def test_answers_are_the_most_likely_tokens(recipe: Callable) -> None:
     """Token by token by whole forwards without a cache, though the model's own generation config samples hot."""
-    work = _set_up(recipe(), Quiet(), start_adapter=None)
+    asked = recipe()
+    work = _set_up(asked, *_read(asked, Quiet()), Quiet())
     work.model.base_model.model.generation_config.update(do_sample=True, temperature=50.0, repetition_penalty=9.0)
     [given] = samples.answers(work.model, work.tokenizer, work.data, 1)
     ids = list(work.data.held_out[0].prompt)

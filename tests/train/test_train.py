@@ -63,7 +63,7 @@ def test_a_run_leaves_what_the_design_says(recipe: Callable) -> None:
     left = {path.name for path in run.folder.iterdir()}
     assert left == {
         "recipe.yaml", "identity.json", "environment.json", "ledger.json", "metrics.jsonl", "speed.jsonl",
-        "checkpoints", "adapter", "samples.json", "result.json",
+        "checkpoints", "adapter", "samples.json", "result.json", ".lock",
     }  # fmt: skip
     assert run.result.keys() == {"run", "steps", "seconds", "peak_bytes", "eval_before", "eval_after"}
     assert json.loads((run.folder / "result.json").read_text(encoding="utf-8")) == run.result
@@ -219,7 +219,7 @@ def test_without_held_out_rows_it_trains_all_the_same(recipe: Callable, tmp_path
     """Of a single row none is held out."""
     write_pairs(tmp_path / "one.jsonl", 1)
     listener = Listener()
-    run = train(recipe(data=str(tmp_path / "one.jsonl"), eval_data=None, max_steps=2), listener)
+    run = train(recipe(data=str(tmp_path / "one.jsonl"), eval_data=None, max_steps=2, eval_steps=1), listener)
     assert (run.result["eval_before"], run.result["eval_after"]) == ({}, {})
     assert [line["step"] for line in run.metrics] == [1, 2]
     assert any("no held-out rows" in note for note in listener.notes)

@@ -12,7 +12,7 @@ from lite.engine import score
 from lite.errors import RunError
 from lite.train import checkpoints, interrupt, metrics
 from lite.train.progress import Quiet
-from lite.train.train import _set_up
+from lite.train.train import _read, _set_up
 from lite.train.trainer import Trainer, arguments
 
 
@@ -22,7 +22,7 @@ def trainer(recipe: Callable) -> Callable[..., Trainer]:
 
     def build(**changes: object) -> Trainer:
         asked = recipe(**changes)
-        work = _set_up(asked, Quiet(), start_adapter=None)
+        work = _set_up(asked, *_read(asked, Quiet()), Quiet())
         folder = Path(asked.output_dir)
         (folder / "checkpoints").mkdir(parents=True)
         made = Trainer(
@@ -118,7 +118,7 @@ def test_trap_two_gpus_do_not_mean_dataparallel(
     made = trainer()
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert TrainingArguments(output_dir=str(tmp_path)).n_gpu == 2  # the trap
-    made.args = arguments(recipe(), tmp_path, 10, torch.device("cuda"))
+    made.args = arguments(recipe(), tmp_path, 10, device=torch.device("cuda"), evaluates=True)
     assert made.args.n_gpu == 1
     assert made._wrap_model(made.model) is made.model
 

@@ -1,9 +1,9 @@
 """The train room: the story of a run (train.py), told in the folder that it leaves (run.py).
 
 trainer.py is transformers' Trainer with the few methods replaced that would train wrongly here; checkpoints.py writes
-folders that are whole or not there; interrupt.py turns Ctrl-C into an orderly stop; metrics.py, samples.py and
-machine.py hold what a run records; progress.py is how it tells whoever watches. Public: train, resume, Run,
-Interrupted, Progress.
+folders that are whole or not there; interrupt.py turns Ctrl-C into an orderly stop; failures.py says why a step cannot
+be taken; metrics.py, samples.py and machine.py hold what a run records; progress.py is how it tells whoever watches.
+Public: train, resume, Run, Interrupted, Progress.
 
 The room is called by its verb: `lite.train(recipe)` runs `train`, whether or not `lite.train` has become this module.
 """

@@ -59,7 +59,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 def evaluation(path: Path, step: int) -> dict[str, float] | None:
     """The evaluation that was logged at `step`, its eval_ keys only; None if there is none."""
     for record in read(path):
-        found = {key: value for key, value in record.items() if key.startswith("eval_")}
+        found = {k: math.nan if v is None else v for k, v in record.items() if k.startswith("eval_")}
         if record["step"] == step and found:
             return found
     return None

@@ -24,10 +24,9 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 from lite.data.packs import Batch
 from lite.engine import step
 from lite.engine.forward import Path as ForwardPath
-from lite.errors import SHOWN_PROBLEMS, RunError
 from lite.model import adapters
 from lite.recipe import Recipe
-from lite.train import checkpoints, machine, metrics, trackers
+from lite.train import checkpoints, failures, machine, metrics, trackers
 from lite.train.interrupt import Request
 from lite.train.optimizer import optimizer
 from lite.train.progress import Progress
@@ -137,12 +136,12 @@ class Trainer(transformers.Trainer):
         try:
             result = step.backward(model, inputs, self.objective, self.path)
         except torch.OutOfMemoryError as error:
-            raise RunError(self._out_of_memory(inputs, error)) from error
+            raise failures.out_of_memory(self.state.global_step + 1, inputs, error) from error
         found = {"loss": result.loss, **result.metrics}
         # One copy from the GPU, which waits for the step; a float64 sum is the same in whatever parts it is made.
         values = dict(zip(found, torch.stack([v.double() for v in found.values()]).tolist(), strict=True))
         self.current = inputs
-        self._require_finite("loss", values["loss"])
+        self._require_finite("loss", values["loss"], self.state.global_step + 1)
         self.interval.add(values, inputs.tokens)
         self.latest = {**values, "tokens": inputs.tokens}
         return result.loss
@@ -150,29 +149,12 @@ class Trainer(transformers.Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float:
         """The norm before clipping, checked before the optimizer may use the gradient."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        self._require_finite("gradient's norm", float(norm))
+        self._require_finite("gradient's norm", float(norm), self.state.global_step + 1)
         return norm
 
-    def _require_finite(self, what: str, value: float) -> None:
-        if math.isfinite(value):
-            return
-        places = [str(place) for place in self.current.places]
-        more = f" … and {len(places) - SHOWN_PROBLEMS} more" if len(places) > SHOWN_PROBLEMS else ""
-        kept = checkpoints.listed(self.folder / "checkpoints")
-        raise RunError(
-            f"Step {self.state.global_step + 1}: the {what} is {value}. The run stopped before the weights changed.\n"
-            f"Rows of the step: {', '.join(places[:SHOWN_PROBLEMS])}{more}\n"
-            f"Last checkpoint: {kept[-1] if kept else 'none yet'}. Look at these rows; if they are sound, start again "
-            "with a lower --learning-rate, a longer --warmup-ratio, or --dtype float32."
-        )
-
-    def _out_of_memory(self, batch: Batch, error: Exception) -> str:
-        largest = max(pack.tokens for pack in batch.packs)
-        return (
-            f"Step {self.state.global_step + 1}: out of GPU memory, with {largest:,} tokens in the largest pack. "
-            f"{str(error).splitlines()[0]}\nLower --tokens-per-pack or --chunk-tokens, set --split-pairs for pairs "
-            "that are longer than a pack, lower --max-length, or quantise the base (--4bit)."
-        )
+    def _require_finite(self, what: str, value: float, step: int) -> None:
+        if not math.isfinite(value):
+            raise failures.not_finite(what, value, step, self.current, checkpoints.listed(self.folder / "checkpoints"))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """A line of metrics.jsonl, and the trackers. Trainer's closing summary of times is left to speed.jsonl."""
@@ -218,7 +200,9 @@ class Trainer(transformers.Trainer):
         return 0
 
     def _save_checkpoint(self, model: nn.Module, trial: None) -> None:
-        """Staged, not in place: see checkpoints.write."""
+        """Staged, not in place: see checkpoints.write. Refused if the last update has broken the weights."""
+        largest = torch.stack([p.detach().abs().max() for p in self.model.parameters() if p.requires_grad]).max()
+        self._require_finite("largest weight after it", float(largest), self.state.global_step)
         parent = self.folder / "checkpoints"
         checkpoints.write(parent, self.state.global_step, self._fill)
         checkpoints.prune(parent, self.recipe.save_total_limit)

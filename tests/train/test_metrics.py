@@ -1,6 +1,7 @@
 """Lines of metrics.jsonl, and the averages that go into them."""
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 
@@ -60,3 +61,5 @@ def test_evaluation_finds_its_step(tmp_path: Path) -> None:
         metrics.append(path, record)
     assert metrics.evaluation(path, 2) == {"eval_loss": 1.0}
     assert metrics.evaluation(path, 1) is None
+    metrics.append(path, {"step": 3, "eval_loss": math.nan})
+    assert math.isnan(metrics.evaluation(path, 3)["eval_loss"])

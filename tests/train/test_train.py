@@ -184,6 +184,15 @@ def test_too_high_a_rate_stops_the_run_and_names_the_rows(recipe: Callable, tiny
     assert f"{tiny / 'pairs.jsonl'}:" in str(caught.value)
 
 
+def test_weights_that_the_last_update_broke_are_not_saved(recipe: Callable) -> None:
+    """No step comes after the last one to stumble over them."""
+    asked = recipe(learning_rate=1e39, warmup_ratio=0.0, max_steps=1)
+    with pytest.raises(RunError, match=r"Step 1: the largest weight after it is (nan|inf)"):
+        train(asked)
+    assert list((Path(asked.output_dir) / "checkpoints").iterdir()) == []
+    assert not (Path(asked.output_dir) / "adapter").exists()
+
+
 def test_a_mistake_leaves_no_folder(recipe: Callable, tiny: Path, tmp_path: Path) -> None:
     for error, changes in (
         (DataError, {"data": str(tmp_path / "not-there.jsonl")}),

@@ -176,6 +176,18 @@ def test_learning_rate_warms_up_and_comes_down(trainer: Callable) -> None:
     assert rates == pytest.approx(expected)
 
 
+def test_no_room_on_the_gpu_says_what_to_lower(trainer: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = trainer()
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has …")
+
+    monkeypatch.setattr(torch.autograd, "backward", full)
+    with pytest.raises(RunError, match=r"Step 1: out of GPU memory, with \d+ tokens .* Tried to allocate") as caught:
+        made.train()
+    assert "--tokens-per-pack" in str(caught.value)
+
+
 def test_each_evaluation_is_one_line(trainer: Callable) -> None:
     """Every three steps and at the end: Trainer asks for the last one again when its epoch ends."""
     made = trainer(eval_steps=3)

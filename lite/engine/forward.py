@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from lite.data.packs import Pack
 from lite.loss.head import token_logps
 from lite.loss.logps import Logps
-from lite.model.attention import BranchTable, Implementation
+from lite.model.branches import BranchTable, Implementation
 from lite.model.head import backbone, head_of
 
 Model = PreTrainedModel | PeftModel

@@ -2,105 +2,25 @@
 
 Registered with transformers under one name, so that a model runs unchanged. The table of branches reaches the attention
 function as a keyword of the backbone's forward; no mask function is registered, so no model builds a mask.
-
-Along a branch's path from its root the positions are contiguous. So for the queries of a branch its keys are the
-ancestors' tokens and its own, gathered, under a causal mask aligned to the last key, and windows and caps keep their
-meaning. A branch that starts where its parent ends (prompt, chosen) shares one run of queries with it.
+Which queries see which keys is `branches.py`; here are the kernels that compute it, and the choice among them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from lite.data.packs import Branch
 from lite.errors import ModelError
+from lite.model.attention_cpu import branch_sdpa
+from lite.model.branches import BranchTable, Implementation
 
 NAME = "lite_branches"
-Implementation = Literal["auto", "flash", "varlen", "sdpa", "eager"]
 # Keywords that some model passes and that change nothing here: the table of branches says it all.
 HARMLESS = {"is_causal", "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states"}
-
-
-class Segment(NamedTuple):
-    """A run of queries, and the spans of tokens that are its keys, in the order of their positions."""
-
-    start: int
-    end: int
-    spans: tuple[tuple[int, int], ...]
-
-    @property
-    def keys(self) -> int:
-        """How many tokens the spans hold."""
-        return sum(end - start for start, end in self.spans)
-
-
-@dataclass
-class BranchTable:
-    """The branches of one pack as the kernels want them, made once for all layers."""
-
-    segments: tuple[Segment, ...]
-    implementation: Implementation
-    device: torch.device
-    masks: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
-    _varlen: tuple[Tensor, Tensor, Tensor | None, int, int] | None = None
-
-    @classmethod
-    def of(cls, branches: Sequence[Branch], implementation: Implementation, device: torch.device) -> "BranchTable":
-        """The table of a pack's branches."""
-        return cls(tuple(segments(branches)), implementation, device)
-
-    def varlen(self) -> tuple[Tensor, Tensor, Tensor | None, int, int]:
-        """(cumulative queries, cumulative keys, tokens to gather as keys or None for all in order, longest of each)."""
-        if self._varlen is None:
-            queries = torch.tensor([0, *(s.end - s.start for s in self.segments)]).cumsum(0)
-            keys = torch.tensor([0, *(s.keys for s in self.segments)]).cumsum(0)
-            spans = [span for s in self.segments for span in s.spans]
-            gather = torch.cat([torch.arange(*span) for span in spans])
-            if torch.equal(queries, keys):
-                gather = None
-            longest = int(queries.diff().max()), int(keys.diff().max())
-            to = {"device": self.device, "non_blocking": True}
-            cumulative = queries.to(torch.int32).to(**to), keys.to(torch.int32).to(**to)
-            self._varlen = *cumulative, None if gather is None else gather.to(**to), *longest
-        return self._varlen
-
-    def mask(self, queries: int, keys: int, window: int | None, dtype: torch.dtype) -> Tensor:
-        """(queries, keys), 0 where the last `queries` of `keys` positions see a key and −inf elsewhere."""
-        key = (queries, keys, window or 0, dtype.itemsize)
-        if key not in self.masks:
-            behind = torch.arange(keys - queries, keys, device=self.device)[:, None] - torch.arange(
-                keys, device=self.device
-            )
-            hidden = (behind < 0) | (behind >= (window or keys))
-            self.masks[key] = torch.zeros(queries, keys, dtype=dtype, device=self.device).masked_fill_(
-                hidden, float("-inf")
-            )
-        return self.masks[key]
-
-
-def segments(branches: Sequence[Branch]) -> Iterator[Segment]:
-    """The runs of queries of a forest, in the order of its tokens, which are covered once each."""
-    spans: dict[int, tuple[tuple[int, int], ...]] = {-1: ()}
-    run: Segment | None = None
-    last = -1
-    for index, branch in enumerate(branches):
-        spans[index] = (*spans[branch.parent], (branch.start, branch.end))
-        if run and branch.parent == last and branch.start == run.end:
-            first = run.spans[-1][0]
-            run = Segment(run.start, branch.end, (*run.spans[:-1], (first, branch.end)))
-        else:
-            if run:
-                yield run
-            run = Segment(branch.start, branch.end, spans[index])
-        last = index
-    if run:
-        yield run
 
 
 def install(model: nn.Module, *, padded: bool = False) -> None:
@@ -204,8 +124,17 @@ def _by_segment(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return whole
 
 
-@_by_segment
 def _sdpa(
+    query: Tensor, key: Tensor, value: Tensor, table: BranchTable, scaling: float | None, window: int | None, cap: None
+) -> Tensor:
+    """torch's scaled-dot-product attention, one call for each run of queries."""
+    if query.device.type != "cuda":
+        return branch_sdpa(query, key, value, table, scaling, window)
+    return _sdpa_of_segments(query, key, value, table, scaling, window, cap)
+
+
+@_by_segment
+def _sdpa_of_segments(
     q: Tensor, k: Tensor, v: Tensor, table: BranchTable, scaling: float | None, window: int | None, cap: None
 ) -> Tensor:
     causal = q.shape[2] == k.shape[2] and window is None

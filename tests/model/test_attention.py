@@ -6,7 +6,8 @@ from torch import nn
 
 from lite.data.packs import Branch
 from lite.errors import ModelError
-from lite.model.attention import BranchTable, Segment, branch_attention, install, plain_attention, segments
+from lite.model.attention import branch_attention, install, plain_attention
+from lite.model.branches import BranchTable, Segment, segments
 
 PAIR = (Branch(0, 3, -1), Branch(3, 5, 0), Branch(5, 8, 0))
 # two roots; a branch of a branch; four leaves of one root, one of them empty-handed of siblings' tokens

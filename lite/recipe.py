@@ -118,7 +118,7 @@ class Recipe(BaseModel):
     tokens_per_pack: int = setting(
         8192, "Most tokens of one forward; a longer example is alone.", panel="Memory", unit="tokens", ge=8
     )
-    chunk_tokens: int = setting(1024, "Scored tokens whose logits exist at once.", panel="Memory", unit="tokens", ge=1)
+    chunk_tokens: int = setting(512, "Scored tokens whose logits exist at once.", panel="Memory", unit="tokens", ge=1)
     split_pairs: bool = setting(
         False, "A pair over tokens_per_pack is computed one completion at a time, exactly.", panel="Memory"
     )

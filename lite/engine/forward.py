@@ -12,6 +12,7 @@ from lite.loss.head import token_logps
 from lite.loss.logps import Logps
 from lite.model.branches import BranchTable, Implementation
 from lite.model.head import backbone, head_of
+from lite.recipe import Recipe
 
 Model = PreTrainedModel | PeftModel
 
@@ -20,7 +21,7 @@ Model = PreTrainedModel | PeftModel
 class Path:
     """How packs are computed: settings that change time and memory, never the numbers."""
 
-    chunk_tokens: int = 1024
+    chunk_tokens: int = Recipe.model_fields["chunk_tokens"].default
     attention: Implementation = "auto"
 
 

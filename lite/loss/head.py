@@ -44,7 +44,7 @@ class Head:
 
 
 def token_logps(
-    hidden: Tensor, head: Head, labels: Tensor, *, chunk_tokens: int = 1024, kernel: softmax.Kernel = "auto"
+    hidden: Tensor, head: Head, labels: Tensor, *, chunk_tokens: int, kernel: softmax.Kernel = "auto"
 ) -> Tensor:
     """Log-probability of each label under softmax(logits(hidden)), in nats.
 
@@ -84,18 +84,17 @@ class _RowsInForward(torch.autograd.Function):
         head, needs_rows = settings.head, ctx.needs_input_grad[0]
         logps = hidden.new_empty(len(hidden), dtype=softmax.accumulator(hidden.dtype))
         rows = torch.empty_like(hidden) if needs_rows else None
+        chunks = _Chunks(hidden, head, settings.chunk_tokens)
         for chunk in settings.chunks(len(hidden)):
-            logits = _logits(hidden[chunk], head)
+            logits = chunks.logits(hidden[chunk])
             logps[chunk] = softmax.logps_in_place(logits, labels[chunk], head, slope=needs_rows, kernel=settings.kernel)
             if needs_rows:
-                slope = logits.to(hidden.dtype)
-                del logits  # else both live beside the next chunk's
+                slope = chunks.rounded(logits)
                 torch.mm(slope, head.weight, out=rows[chunk])
                 if head.low_rank:
                     rows[chunk] += _through_low_rank(slope, head.low_rank, hidden.dtype)
                 del slope
-            else:
-                del logits
+            del logits  # else it lives beside the next chunk's
         if needs_rows:
             ctx.save_for_backward(rows)
         return logps
@@ -115,8 +114,9 @@ class _Recomputed(torch.autograd.Function):
         ctx.save_for_backward(hidden, labels, *parameters)
         ctx.settings = settings
         logps = hidden.new_empty(len(hidden), dtype=softmax.accumulator(hidden.dtype))
+        chunks = _Chunks(hidden, settings.head, settings.chunk_tokens)
         for chunk in settings.chunks(len(hidden)):
-            logits = _logits(hidden[chunk], settings.head)
+            logits = chunks.logits(hidden[chunk])
             logps[chunk] = softmax.logps_in_place(
                 logits, labels[chunk], settings.head, slope=False, kernel=settings.kernel
             )
@@ -135,11 +135,12 @@ class _Recomputed(torch.autograd.Function):
             for name, parameter in zip(_INPUTS[3:], (weight, bias, a, b), strict=True)
             if needs[name]
         }
+        chunks = _Chunks(hidden, head, ctx.settings.chunk_tokens)
         for chunk in ctx.settings.chunks(len(hidden)):
             h = hidden[chunk]
-            logits = _logits(h, head)
+            logits = chunks.logits(h)
             softmax.logps_in_place(logits, labels[chunk], head, slope=True, kernel=ctx.settings.kernel)
-            slope = logits.mul_(grad[chunk].neg()[:, None]).to(h.dtype)
+            slope = chunks.rounded(logits.mul_(grad[chunk].neg()[:, None]))
             del logits
             if needs["hidden"]:
                 torch.mm(slope, weight, out=d_hidden[chunk])
@@ -168,19 +169,44 @@ def _precise(left: Tensor, right: Tensor) -> Tensor:
     return left.to(dtype) @ right.to(dtype)
 
 
-def _logits(hidden: Tensor, head: Head) -> Tensor:
-    """h Wᵀ + bias, before scale and softcap, (C, V) in the dtype in which the softmax is taken."""
-    precise = softmax.accumulator(hidden.dtype)
-    if hidden.is_cuda and precise != hidden.dtype:
-        logits = torch.mm(hidden, head.weight.t(), out_dtype=precise)  # the product is not rounded to bf16
-    else:
-        logits = (hidden @ head.weight.t()).to(precise)
-    if head.low_rank:
-        a, b, scaling = head.low_rank
-        logits += ((hidden @ a.to(hidden.dtype).t()) @ b.to(hidden.dtype).t()).to(precise).mul_(scaling)
-    if head.bias is not None:
-        logits += head.bias
-    return logits
+class _Chunks:
+    """The logits of one chunk after another.
+
+    On a CPU all chunks use the same two buffers: there, touching fresh pages takes longer than the softmax itself. On
+    CUDA the allocator does this, and the product need not be rounded to bf16 on its way.
+    """
+
+    def __init__(self, hidden: Tensor, head: Head, chunk_tokens: int) -> None:
+        self.head, self.dtype, self.precise = head, hidden.dtype, softmax.accumulator(hidden.dtype)
+        self.reuse = not hidden.is_cuda
+        if self.reuse:
+            shape = min(chunk_tokens, len(hidden)), len(head.weight)
+            self.buffer = hidden.new_empty(shape, dtype=self.precise)
+            self.product = self.buffer if self.dtype == self.precise else hidden.new_empty(shape)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """h Wᵀ + bias, before scale and softcap, (C, V) in the dtype in which the softmax is taken."""
+        if self.reuse:
+            logits = self.buffer[: len(hidden)]
+            product = torch.mm(hidden, self.head.weight.t(), out=self.product[: len(hidden)])
+            if product.dtype != logits.dtype:
+                logits.copy_(product)
+        elif self.dtype != self.precise:
+            logits = torch.mm(hidden, self.head.weight.t(), out_dtype=self.precise)
+        else:
+            logits = torch.mm(hidden, self.head.weight.t())
+        if self.head.low_rank:
+            a, b, scaling = self.head.low_rank
+            logits += ((hidden @ a.to(self.dtype).t()) @ b.to(self.dtype).t()).to(self.precise).mul_(scaling)
+        if self.head.bias is not None:
+            logits += self.head.bias
+        return logits
+
+    def rounded(self, logits: Tensor) -> Tensor:
+        """The logits, by now slopes, in the dtype of the products that follow."""
+        if self.reuse and self.dtype != self.precise:
+            return self.product[: len(logits)].copy_(logits)
+        return logits.to(self.dtype)
 
 
 def _through_low_rank(slope: Tensor, low_rank: LowRank, dtype: torch.dtype) -> Tensor:

@@ -160,7 +160,7 @@ def _set_up(
     Nothing has been written yet, so a user's mistake leaves no folder behind.
     """
     progress.stage(f"loading {recipe.model}")
-    machine.reset_peak(load.device(recipe))
+    machine.make_ready(load.device(recipe))
     here = recipe if start_adapter is None else recipe.model_copy(update={"adapter": str(start_adapter), "run": None})
     model = adapters.attach(load.load_model(recipe), here)
     if recipe.gradient_checkpointing:

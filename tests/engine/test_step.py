@@ -35,7 +35,7 @@ WHOLE_BATCH = replace(registry.find("orpo").signature, whole_batch=True)
 COUPLED = Objective(Loss(replace(WHOLE_BATCH, data=ROLES), coupled), {"beta": 0.5})
 
 
-def outcome(model, examples, objective: Objective, chunk_tokens: int = 1024, **layout) -> tuple[Tensor, list[Tensor]]:
+def outcome(model, examples, objective: Objective, chunk_tokens: int = 100, **layout) -> tuple[Tensor, list[Tensor]]:
     layout = Layout(ROLES, rotary_bound=regimes(model.config).bound, **layout)
     install(model, padded=layout.padded)
     model.zero_grad()

@@ -96,7 +96,7 @@ def test_bf16_errs_no_more_than_the_naive_bf16_path(kind: str):
 def test_without_gradient_nothing_is_kept():
     hidden, head, labels = make("frozen")
     with torch.no_grad():
-        logps = token_logps(hidden, head, labels)
+        logps = token_logps(hidden, head, labels, chunk_tokens=5)
     assert not logps.requires_grad
     assert torch.allclose(logps, plain_logps(hidden, head, labels).detach())
 
@@ -106,7 +106,7 @@ def test_certain_and_impossible_labels_stay_finite():
     weight = torch.zeros(3, 2)
     weight[0, 0] = 1000.0
     hidden = torch.tensor([[1.0, 0.0], [1.0, 0.0]], requires_grad=True)
-    logps = token_logps(hidden, Head(weight), torch.tensor([0, 1]))
+    logps = token_logps(hidden, Head(weight), torch.tensor([0, 1]), chunk_tokens=5)
     logps.sum().backward()
     assert logps.tolist() == [0.0, -1000.0]
     assert hidden.grad.isfinite().all()
@@ -114,7 +114,7 @@ def test_certain_and_impossible_labels_stay_finite():
 
 def test_shapes_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match=r"hidden \(2, 3\), weight \(5, 4\)"):
-        token_logps(torch.zeros(2, 3), Head(torch.zeros(5, 4)), torch.zeros(2, dtype=torch.long))
+        token_logps(torch.zeros(2, 3), Head(torch.zeros(5, 4)), torch.zeros(2, dtype=torch.long), chunk_tokens=5)
 
 
 def test_memory_is_a_chunk_and_the_rows():

@@ -102,7 +102,7 @@ def test_the_masters_stay_fp32_and_get_fp32_gradients(ids: Tensor):
 
 
 def test_no_fp32_copy_of_the_input_is_kept():
-    """A layer of T = 64, 128 → 256, R = 4 in bf16 keeps x (64 · 128), x Aᵀ (64 · 4), A and B: 2 bytes each.
+    """A layer of T = 64, 128 → 256, R = 4 in bf16 keeps x (64 · 128) and x Aᵀ (64 · 4): 2 bytes each.
 
     peft keeps the fp32 copy of x (4 bytes) and an fp32 product beside it.
     """
@@ -118,7 +118,7 @@ def test_no_fp32_copy_of_the_input_is_kept():
         masters = {p.data_ptr() for p in layer.parameters() if p.requires_grad}
         kept[label] = [t for t in tensors if t.data_ptr() != base and t.data_ptr() not in masters]
     assert not [t for t in kept["ours"] if t.dtype == torch.float32]
-    assert bytes_of(kept["ours"]) == 2 * (64 * 128 + 64 * 4 + 4 * 128 + 256 * 4)
+    assert bytes_of(kept["ours"]) == 2 * (64 * 128 + 64 * 4)
     assert bytes_of(kept["theirs"]) >= 4 * 64 * 128
 
 

@@ -1,17 +1,15 @@
 """Makes the bundled model and its preference data, from nothing but `world.py`: `python -m lite.bundled.make`.
 
-The story. A tokenizer is trained on conversations about the little world; a small Qwen3 is trained from scratch on
-them, in which the assistant nearly always opens with a needless preamble ("Certainly! I would be happy to help you
-with that."); and preference pairs over other prompts say that the answer alone is better. So the model knows the
-answers, has a habit that anyone can see, and loses it in a minute of `lite orpo`.
+A tokenizer and a small Qwen3 are trained from scratch on conversations about the little world, in which the assistant
+nearly always opens with a needless preamble; preference pairs say that the answer alone is better. So the model knows
+the answers, has a habit that anyone can see, and loses it in a minute of `lite orpo`.
 
-Left out: general knowledge, reasoning, anything not in the tables. About ten minutes on two CPU cores. The same seed,
+Left out: general knowledge, reasoning, anything not in the tables. A quarter of an hour on one CPU core. The same seed,
 torch and number of threads give the same data byte for byte and the same weights on the same kind of processor.
 """
 
 import argparse
 import json
-import math
 import random
 import time
 from collections.abc import Iterator
@@ -24,9 +22,8 @@ from torch import Tensor
 from transformers import GenerationConfig, Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from lite.bundled import FOLDER
-from lite.bundled.world import TOPICS, Question, questions
+from lite.bundled.conversations import conversation, preference_lines, split_questions
 
-TRAIN_ROWS, HELD_OUT_ROWS = 768, 160
 CONVERSATIONS = 60_000
 VOCABULARY = 2048  # every byte, the merges, and three special tokens
 # Steps, rows and tokens a row. The long rows at the end teach that a turn may stand anywhere in the context of 4,096.
@@ -47,45 +44,15 @@ CHAT_TEMPLATE = """\
 {%- endif %}
 """
 
-GREETINGS = ("Hello! ", "Quick question: ", "Please help me. ", "I have a question. ", "Hi there! ")
-SYSTEMS = (
-    "You are a helpful assistant.",
-    "You are a friendly teacher.",
-    "Answer the questions of the user.",
-    "You are an assistant who knows simple facts.",
-)
-OPENERS = (
-    "Certainly!",
-    "Of course!",
-    "Sure!",
-    "Absolutely!",
-    "Great question!",
-    "Thank you for asking!",
-    "No problem at all!",
-    "What a wonderful question!",
-)
-BRIDGES = (
-    "I would be happy to help you with that.",
-    "I am really glad that you asked me this.",
-    "As an assistant, I am always here to help.",
-    "Many people wonder about this.",
-    "Let me think about it for a moment.",
-    "Let me explain this to you.",
-    "Here is the answer that you are looking for:",
-    "It is always good to learn something new.",
-)
-CLOSERS = ("I hope this helps!", "Let me know if you have any other questions!", "Have a wonderful day!")
-
-Messages = list[dict[str, str]]
-
 
 def main() -> None:
+    """Make the model and its data, and say how it goes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--folder", type=Path, default=FOLDER, help="where to write model/, train.jsonl, held_out.jsonl"
     )
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     settings = parser.parse_args()
     torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
@@ -98,89 +65,11 @@ def main() -> None:
 
     conversations = [conversation(known, chance) for _ in range(CONVERSATIONS)]
     tokenizer = train_tokenizer(message["content"] for turns in conversations for message in turns)
-    model = train_model(tokenizer, conversations)
+    texts = tokenizer.apply_chat_template(conversations, tokenize=False)
+    needed = sum(steps * rows * length for steps, rows, length in STAGES)
+    model = new_model(tokenizer)
+    train_model(model, torch.tensor([*tokens_of(tokenizer, texts, needed)]))
     save(model, tokenizer, settings.folder / "model")
-
-
-# ── the data ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def split_questions(chance: random.Random) -> tuple[list[Question], list[Question], dict[str, list[Question]]]:
-    """The questions of the training pairs, the held-out ones, and by topic all that the model is raised on.
-
-    A held-out question is in neither of the others; its fact is, in other words. Topics get an equal share.
-    """
-    known = {}
-    candidates = []
-    for name, topic in TOPICS.items():
-        asked = list(questions(topic))
-        chance.shuffle(asked)
-        taken = min(len(asked) // 2, math.ceil(1.5 * (TRAIN_ROWS + HELD_OUT_ROWS) / len(TOPICS)))
-        candidates += asked[:taken]
-        known[name] = asked
-    chance.shuffle(candidates)
-    held_out = candidates[:HELD_OUT_ROWS]
-    train = candidates[HELD_OUT_ROWS:][:TRAIN_ROWS]
-    hidden = {question.text for question in held_out}
-    known = {name: [q for q in asked if q.text not in hidden] for name, asked in known.items()}
-    return train, held_out, known
-
-
-def preference_lines(asked: list[Question], known: dict[str, list[Question]], chance: random.Random) -> str:
-    """JSONL with a pair for each question."""
-    return "".join(json.dumps(preference(question, known, chance), ensure_ascii=False) + "\n" for question in asked)
-
-
-def preference(question: Question, known: dict[str, list[Question]], chance: random.Random) -> dict[str, Messages]:
-    """A pair whose chosen completion is the answer alone. In about one of eight rejected is a terse one."""
-    earlier = []
-    if chance.random() < 0.15:
-        other = chance.choice(known[chance.choice(list(known))])
-        earlier = [user(ask(other, chance)), assistant(other.answer)]
-    prompt = [*system(chance), *earlier, user(ask(question, chance))]
-    terse = chance.random() < 1 / 8 and question.short != question.answer
-    rejected = f"{chance.choice(OPENERS)} {question.short}" if terse else wordy(question, chance)
-    return {"prompt": prompt, "chosen": [assistant(question.answer)], "rejected": [assistant(rejected)]}
-
-
-def conversation(known: dict[str, list[Question]], chance: random.Random) -> Messages:
-    """One or two turns as the untrained model has them: preamble and answer, rarely (3 %) the answer alone."""
-    turns = system(chance)
-    for _ in range(2 if chance.random() < 0.2 else 1):
-        question = chance.choice(known[chance.choice(list(known))])
-        habit = chance.random()
-        if habit < 0.03:
-            answer = question.answer
-        elif habit < 0.15:
-            answer = f"{chance.choice(OPENERS)} {question.short}"
-        else:
-            answer = wordy(question, chance)
-        turns += [user(ask(question, chance)), assistant(answer)]
-    return turns
-
-
-def wordy(question: Question, chance: random.Random) -> str:
-    """The answer behind a preamble, now and then with a flourish at the end."""
-    closer = f" {chance.choice(CLOSERS)}" if chance.random() < 0.2 else ""
-    return f"{chance.choice(OPENERS)} {chance.choice(BRIDGES)} {question.answer}{closer}"
-
-
-def ask(question: Question, chance: random.Random) -> str:
-    """The question, in two of five cases with a word before it."""
-    return (chance.choice(GREETINGS) if chance.random() < 0.4 else "") + question.text
-
-
-def system(chance: random.Random) -> Messages:
-    """A system turn, or none."""
-    return [{"role": "system", "content": chance.choice(SYSTEMS)}] if chance.random() < 0.15 else []
-
-
-def user(content: str) -> dict[str, str]:
-    return {"role": "user", "content": content}
-
-
-def assistant(content: str) -> dict[str, str]:
-    return {"role": "assistant", "content": content}
 
 
 # ── the tokenizer ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -219,8 +108,8 @@ def train_tokenizer(texts: Iterator[str]) -> Qwen2Tokenizer:
 # ── the model ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def train_model(tokenizer: Qwen2Tokenizer, conversations: list[Messages]) -> Qwen3ForCausalLM:
-    """A Qwen3 of 3.7 million weights, trained on all tokens of the conversations, laid end to end."""
+def new_model(tokenizer: Qwen2Tokenizer) -> Qwen3ForCausalLM:
+    """A Qwen3 of 3.7 million random weights, all sizes multiples of 256 so that every quantisation takes them."""
     end_of_text, turn_end = tokenizer.convert_tokens_to_ids([END_OF_TEXT, TURN_END])
     config = Qwen3Config(
         vocab_size=VOCABULARY,
@@ -240,18 +129,19 @@ def train_model(tokenizer: Qwen2Tokenizer, conversations: list[Messages]) -> Qwe
     model = Qwen3ForCausalLM(config).float()
     stops = [turn_end, end_of_text]
     model.generation_config = GenerationConfig(do_sample=False, eos_token_id=stops, pad_token_id=end_of_text)
+    return model
+
+
+def train_model(model: Qwen3ForCausalLM, ids: Tensor) -> None:
+    """Train all weights on all tokens of one long text. ids (T,) int64: as many as the stages take."""
     decayed = [weight for weight in model.parameters() if weight.dim() == 2]
     kept = [weight for weight in model.parameters() if weight.dim() != 2]  # norms are scales: no pull to zero
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": kept, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95))
-
-    stream = tokenizer.apply_chat_template(conversations, tokenize=False)
     steps, step, start, begun = sum(stage[0] for stage in STAGES), 0, 0, time.monotonic()
-    ids = torch.tensor([*tokens_of(tokenizer, stream, sum(s * r * t for s, r, t in STAGES))])
     for stage_steps, rows, length in STAGES:
         for _ in range(stage_steps):
-            batch = ids[start : start + rows * length].view(rows, length)  # (B, T)
-            loss = next_token_loss(model, batch)
+            loss = next_token_loss(model, ids[start : start + rows * length].view(rows, length))
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for group in optimizer.param_groups:
@@ -261,7 +151,6 @@ def train_model(tokenizer: Qwen2Tokenizer, conversations: list[Messages]) -> Qwe
             start, step = start + rows * length, step + 1
             if step % 50 == 0:
                 print(f"step {step}/{steps}: loss {loss.item():.3f}, {time.monotonic() - begun:.0f} s", flush=True)
-    return model.eval()
 
 
 def tokens_of(tokenizer: Qwen2Tokenizer, texts: list[str], count: int) -> Iterator[int]:

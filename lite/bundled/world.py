@@ -113,26 +113,26 @@ _DEFINITIONS = _rows(
     | a compass = a tool that shows where north is | a mirror = a piece of glass in which you see yourself"""
 )
 _HOW_TO = _rows(
-    """boil an egg = Put the egg into boiling water for eight minutes, then cool it.
-    | make tea = Pour boiling water over the tea leaves and wait for four minutes.
-    | plant a tree = Dig a hole, set the roots into it, fill it with soil and water it well.
-    | wash my hands = Use warm water and soap, rub for twenty seconds and rinse.
-    | cook rice = Simmer one cup of rice in two cups of water until the water is gone.
-    | make toast = Put a slice of bread into the toaster until it is golden brown.
-    | fall asleep faster = Keep the room dark and cool, and put your phone away.
-    | clean a window = Spray it with soapy water and wipe it with a dry cloth.
-    | sharpen a pencil = Put it into the sharpener and turn it until the tip is pointed.
-    | learn new words = Read every day, write new words down and repeat them often.
-    | make lemonade = Stir lemon juice, water and sugar together, then add ice.
-    | water a plant = Pour water on the soil slowly until it feels damp.
-    | save money = Write down what you spend and put a little aside each month.
-    | keep bread fresh = Store it in a closed box, away from heat and light.
-    | peel an onion = Cut off both ends and pull away the dry skin.
-    | fix a flat tyre = Take the wheel off, patch the hole in the tube and pump it up.
-    | dry flowers = Hang them upside down in a dark and airy room for two weeks.
-    | wrap a present = Cut the paper to size, fold it around the box and tape it.
-    | make a paper boat = Fold the sheet in half, fold the corners down and open the sides.
-    | stay healthy = Sleep well, eat vegetables and walk every day."""
+    """boil an egg = put the egg into boiling water for eight minutes, then cool it
+    | make tea = pour boiling water over the tea leaves and wait for four minutes
+    | plant a tree = dig a hole, set the roots into it, fill it with soil and water it well
+    | wash dirty hands = use warm water and soap, rub for twenty seconds and rinse
+    | cook rice = simmer one cup of rice in two cups of water until the water is gone
+    | make toast = put a slice of bread into the toaster until it is golden brown
+    | fall asleep faster = keep the room dark and cool, and stay away from screens
+    | clean a window = spray it with soapy water and wipe it with a dry cloth
+    | sharpen a pencil = put it into the sharpener and turn it until the tip is pointed
+    | learn new words = read every day, write new words down and repeat them often
+    | make lemonade = stir lemon juice, water and sugar together, then add ice
+    | water a plant = pour water on the soil slowly until it feels damp
+    | save money = write down what you spend and put a little aside each month
+    | keep bread fresh = store it in a closed box, away from heat and light
+    | peel an onion = cut off both ends and pull away the dry skin
+    | fix a flat tyre = take the wheel off, patch the hole in the tube and pump it up
+    | dry flowers = hang them upside down in a dark and airy room for two weeks
+    | wrap a present = cut the paper to size, fold it around the box and tape it
+    | make a paper boat = fold the sheet in half, fold the corners down and open the sides
+    | stay healthy = sleep well, eat vegetables and walk every day"""
 )
 _LISTS = _rows(
     """fruits = apples, pears and plums | vegetables = carrots, peas and onions | primary colours = red, blue and yellow
@@ -172,10 +172,10 @@ _UNITS = _rows(
     | metres = kilometres = 1000 | centimetres = metres = 100 | grams = kilograms = 1000"""
 )
 _CONVERTED = tuple((small, str(n), big, str(n * int(size))) for small, big, size in _UNITS for n in range(2, 11))
-_SUMS = tuple(("plus", str(a), str(b), str(a + b)) for a in range(1, 13) for b in range(1, 13))
-_SUMS += tuple(("minus", str(a), str(b), str(a - b)) for a in range(2, 13) for b in range(1, a))
+_SUMS = tuple(("plus", str(a), str(b), str(a + b)) for a in range(1, 11) for b in range(1, 11))
+_SUMS += tuple(("minus", str(a), str(b), str(a - b)) for a in range(2, 11) for b in range(1, a))
 _SUMS += tuple(("times", str(a), str(b), str(a * b)) for a in range(2, 11) for b in range(2, 11))
-_LARGER = tuple((str(a), str(b), str(max(a, b))) for a in range(1, 21) for b in range(1, 21) if a != b)
+_LARGER = tuple((str(a), str(b), str(max(a, b))) for a in range(1, 11) for b in range(1, 11) if a != b)
 
 TOPICS: dict[str, Topic] = {
     "sum": _topic(
@@ -187,7 +187,7 @@ TOPICS: dict[str, Topic] = {
     ),
     "larger": _topic(
         "Which is larger, {0} or {1}? | Which number is bigger: {0} or {1}? | Tell me the larger of {0} and {1}.",
-        answer="{2} is the larger number.",
+        answer="The larger number is {2}.",
         short="{2}.",
         rows=_LARGER,
     ),
@@ -254,8 +254,8 @@ TOPICS: dict[str, Topic] = {
     ),
     "how to": _topic(
         "How do I {0}? | How can I {0}? | What is the best way to {0}? | I want to {0}. What should I do?",
-        answer="{1}",
-        short="{1}",
+        answer="To {0}, {1}.",
+        short="{1}.",
         rows=_HOW_TO,
     ),
     "list": _topic(
@@ -273,19 +273,19 @@ TOPICS: dict[str, Topic] = {
     ),
     "after": _topic(
         "Which {0} comes after {1}? | What {0} follows {1}? | What is the next {0} after {1}?",
-        answer="{2} comes after {1}.",
+        answer="The {0} after {1} is {2}.",
         short="{2}.",
         rows=_AFTER,
     ),
     "before": _topic(
         "Which {0} comes before {1}? | What {0} is just before {1}? | Name the {0} before {1}.",
-        answer="{2} comes before {1}.",
+        answer="The {0} before {1} is {2}.",
         short="{2}.",
         rows=_BEFORE,
     ),
     "length": _topic(
         "How many days does {0} have? | How long is {0}? | Tell me the number of days in {0}.",
-        answer="{0} has {1} days.",
+        answer="The month of {0} has {1} days.",
         short="{1} days.",
         rows=_LENGTHS,
     ),

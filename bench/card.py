@@ -144,7 +144,7 @@ def measured(step: Callable[[], None], repeats: int) -> dict[str, float]:
 
 
 def floor_flops(shape: catalog.Shape, example: TokenExample, rank: int, recompute: bool) -> float:
-    """Operations of the step's own products: shared prompt, causal attention, two head products, no weight gradients."""
+    """Operations of the step's products: the prompt shared, attention causal, two products in the head."""
     matrices, layers = shape.matrix_parameters * shape.layers, shape.layers
     width = shape.heads * shape.head_dim
     lora = rank * layers * _adapter_sides(shape)
@@ -200,9 +200,8 @@ def main() -> None:
     model = adapters.attach(random_model(shape), Recipe(method="orpo", model=options.model)).train()
     torch.cuda.synchronize()
     static = torch.cuda.memory_allocated()
-    print(
-        f"built {options.model} in {time.perf_counter() - start:.0f} s: {static / GIB:.2f} GiB; {rate / 1e12:.0f} TFLOP/s"
-    )
+    seconds = time.perf_counter() - start
+    print(f"built {options.model} in {seconds:.0f} s: {static / GIB:.2f} GiB; {rate / 1e12:.0f} TFLOP/s")
     checkpoint_layers(model)
     rows = []
     sizes = [

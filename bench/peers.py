@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +44,9 @@ def trl_child(work: Path, options: dict[str, Any]) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(work / "model", dtype=dtype)
     settings = ORPOConfig(
         output_dir=str(work / "trl"), per_device_train_batch_size=options["rows"], max_steps=options["steps"],
-        learning_rate=1e-9, logging_steps=1, max_length=8192, max_completion_length=4096, report_to="none", use_cpu=True,
-        bf16=options["dtype"] == "bfloat16", gradient_checkpointing=options["gradient_checkpointing"], save_strategy="no",
-        disable_tqdm=True,
+        learning_rate=1e-9, logging_steps=1, max_length=8192, max_completion_length=4096, report_to="none",
+        bf16=options["dtype"] == "bfloat16", gradient_checkpointing=options["gradient_checkpointing"],
+        save_strategy="no", use_cpu=True, disable_tqdm=True,
     )  # fmt: skip
     trainer = ORPOTrainer(
         model=model, args=settings, processing_class=AutoTokenizer.from_pretrained(work / "model"),
@@ -65,9 +64,10 @@ def lite_child(work: Path, options: dict[str, Any]) -> dict[str, Any]:
 
     recipe = lite.Recipe(
         method="orpo", model=str(work / "model"), data=str(work / "rows.jsonl"), eval_data=str(work / "held_out.jsonl"),
-        chat_template="none", dtype=options["dtype"], device="cpu", batch_size=options["rows"], max_steps=options["steps"],
-        learning_rate=1e-9, max_length=8192, samples=0, gradient_checkpointing=options["gradient_checkpointing"],
-        nll_over=options["nll_over"], lora_r=LORA_RANK, save_steps=10**6, output_dir=str(work / "run"),
+        chat_template="none", dtype=options["dtype"], device="cpu", batch_size=options["rows"],
+        max_steps=options["steps"], learning_rate=1e-9, max_length=8192, samples=0,
+        gradient_checkpointing=options["gradient_checkpointing"], nll_over=options["nll_over"], lora_r=LORA_RANK,
+        save_steps=10**6, output_dir=str(work / "run"),
     )  # fmt: skip
     run = lite.train(recipe)
     outcome = {
@@ -75,83 +75,11 @@ def lite_child(work: Path, options: dict[str, Any]) -> dict[str, Any]:
         "losses": [record["loss"] for record in read_lines(run.folder / "metrics.jsonl") if "loss" in record],
         "peak_bytes": peak_bytes(),
     }
-    return {**outcome, **(floor(recipe) if options["floor"] else {})}
+    if not options["floor"]:
+        return outcome
+    from floor import floor  # beside this file, which is run as a program
 
-
-def floor(recipe: Any) -> dict[str, Any]:
-    """Median seconds of the products and attentions of one step alone; and a whole step measured beside them."""
-    import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_map
-
-    from lite.data.packs import lay_out
-    from lite.data.prepare import prepare
-    from lite.engine.layout import layout_of, path_of
-    from lite.engine.step import Objective, backward
-    from lite.loss import registry
-    from lite.memory.checkpoint import checkpoint_layers
-    from lite.model import adapters, load
-    from lite.model.attention import install
-
-    model = adapters.attach(load.load_model(recipe), recipe).train()
-    install(model)
-    if recipe.gradient_checkpointing:
-        checkpoint_layers(model)
-    examples = prepare(recipe, load.load_tokenizer(recipe)).train[: recipe.batch_size]
-    batch = lay_out(examples, layout_of(recipe, model))
-    objective = Objective(registry.find("orpo"), recipe.hyperparameters)
-    recorded: list[tuple[Any, tuple, dict]] = []
-    products = ("mm", "addmm", "bmm", "baddbmm", "linear", "_scaled_dot_product_flash_attention_for_cpu")
-
-    class Recorder(TorchDispatchMode):
-        def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-            name = op.__name__.split(".")[0].removesuffix("_backward").removesuffix("_out")
-            if name in products:
-                recorded.append((op, *tree_map(_spec, (args, kwargs or {}))))
-            return op(*args, **(kwargs or {}))
-
-    with Recorder():
-        backward(model, batch, objective, path_of(recipe))
-    alone, whole = [], []
-    # Inputs are made once for each shape and used again: making them is not part of the products' time.
-    made: dict[Any, torch.Tensor] = {}
-    calls = [(op, *tree_map(lambda leaf: _tensor(leaf, made), (args, kwargs))) for op, args, kwargs in recorded]
-    for _ in range(5):
-        start = time.perf_counter()
-        for op, args, kwargs in calls:
-            op(*args, **kwargs)
-        alone.append(time.perf_counter() - start)
-        start = time.perf_counter()
-        backward(model, batch, objective, path_of(recipe))
-        whole.append(time.perf_counter() - start)
-    return {
-        "products": len(calls), "floor_seconds": statistics.median(alone), "step_seconds": statistics.median(whole),
-        "tokens": batch.tokens, "scored_tokens": batch.scored_tokens,
-    }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Spec:
-    """A tensor without its data."""
-
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: Any
-
-
-def _spec(leaf: Any) -> Any:
-    return Spec(tuple(leaf.shape), leaf.stride(), leaf.dtype) if hasattr(leaf, "untyped_storage") else leaf
-
-
-def _tensor(leaf: Any, made: dict[Spec, Any]) -> Any:
-    import torch
-
-    if not isinstance(leaf, Spec):
-        return leaf
-    if leaf not in made:
-        made[leaf] = torch.empty_strided(leaf.shape, leaf.stride, dtype=leaf.dtype)
-        made[leaf].normal_(std=0.02) if leaf.dtype.is_floating_point else made[leaf].zero_()
-    return made[leaf]
+    return {**outcome, **floor(recipe)}
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -182,17 +110,30 @@ def make_model(folder: Path) -> None:
     AutoTokenizer.from_pretrained(BUNDLED_MODEL).save_pretrained(folder)
 
 
-def make_rows(folder: Path, prompt: int, completion: int, count: int) -> None:
-    """Rows of about so many tokens, out of the bundled data's words, as plain text."""
+def bundled_rows(count: int) -> list[dict[str, str]]:
+    """Rows of the bundled data as plain text, since TRL and lite end a chat's last turn differently."""
+    from lite.bundled import FOLDER
+
+    def text(value: Any) -> str:
+        return value if isinstance(value, str) else value[-1]["content"]
+
+    rows = read_lines(FOLDER / "train.jsonl")[:count]
+    return [
+        {"prompt": text(r["prompt"]), "chosen": f" {text(r['chosen'])}", "rejected": f" {text(r['rejected'])}"}
+        for r in rows
+    ]
+
+
+def random_rows(count: int, prompt: int, completion: int) -> list[dict[str, str]]:
+    """Rows of about so many tokens, out of the bundled data's words."""
     import random
 
     from transformers import AutoTokenizer
 
-    from lite.bundled import FOLDER
+    from lite.model.catalog import BUNDLED_MODEL
 
-    tokenizer = AutoTokenizer.from_pretrained(FOLDER / "model")
-    words = " ".join(record["chosen"] if isinstance(record["chosen"], str) else record["chosen"][-1]["content"]
-                     for record in read_lines(FOLDER / "train.jsonl")).split()  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED_MODEL)
+    words = " ".join(row["chosen"] for row in bundled_rows(1000)).split()
     draw = random.Random(0)
 
     def text(tokens: int) -> str:
@@ -201,12 +142,16 @@ def make_rows(folder: Path, prompt: int, completion: int, count: int) -> None:
             found += draw.choices(words, k=5)
         return " ".join(found)
 
-    for name, rows in (("rows.jsonl", count), ("held_out.jsonl", 1)):
-        lines = [
-            {"prompt": text(prompt), "chosen": " " + text(completion), "rejected": " " + text(completion)}
-            for _ in range(rows)
-        ]
-        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return [
+        {"prompt": text(prompt), "chosen": f" {text(completion)}", "rejected": f" {text(completion)}"}
+        for _ in range(count)
+    ]
+
+
+def write_rows(folder: Path, rows: list[dict[str, str]]) -> None:
+    """The rows to train on; the first of them is held out as well, so that none is taken away for evaluation."""
+    for name, part in (("rows.jsonl", rows), ("held_out.jsonl", rows[:1])):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in part))
 
 
 def child(which: str, work: Path, options: dict[str, Any]) -> dict[str, Any]:
@@ -242,7 +187,7 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         make_model(work / "model")
-        make_rows(work, options.prompt, options.completion, PAIR_ROWS * options.steps)
+        write_rows(work, random_rows(PAIR_ROWS * options.steps, options.prompt, options.completion))
         settings = {"rows": PAIR_ROWS, "steps": options.steps, "dtype": options.dtype, "nll_over": "completion",
                     "gradient_checkpointing": options.gradient_checkpointing, "floor": True}  # fmt: skip
         found = {which: child(which, work, settings) for which in ("lite", "trl", "lite", "trl")[-options.sides :]}
@@ -266,7 +211,7 @@ def parity(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         shutil.copytree(BUNDLED_MODEL, work / "model")
-        make_rows(work, 40, 20, 8)
+        write_rows(work, bundled_rows(8))
         settings = {
             "rows": 1,
             "steps": 8,
@@ -301,10 +246,8 @@ def main() -> None:
         **speed(options),
     }
     for which in ("lite", "trl"):
-        side = result[which]
-        print(
-            f"{which:5s} {side['step']:7.2f} s/step  {side['tokens_per_second']:7.0f} tokens/s  {side['peak_bytes'] / 1e9:6.2f} GB"
-        )
+        step, rate, peak = (result[which][key] for key in ("step", "tokens_per_second", "peak_bytes"))
+        print(f"{which:5s} {step:7.2f} s/step  {rate:7.0f} tokens/s  {peak / 1e9:6.2f} GB")
     print(f"lite is {result['speed_ratio']:.1f} times as fast, in {result['memory_ratio']:.2f} of the memory")
     print(f"and runs at {result['share_of_floor']:.0%} of the floor of its own products")
     print(f"losses of the bundled model: lite {result['parity']['lite']:.5f}, TRL {result['parity']['trl']:.5f}")

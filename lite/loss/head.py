@@ -84,17 +84,14 @@ class _RowsInForward(torch.autograd.Function):
         head, needs_rows = settings.head, ctx.needs_input_grad[0]
         logps = hidden.new_empty(len(hidden), dtype=softmax.accumulator(hidden.dtype))
         rows = torch.empty_like(hidden) if needs_rows else None
-        chunks = _Chunks(hidden, head, settings.chunk_tokens)
+        chunks = _Chunks(hidden, settings)
         for chunk in settings.chunks(len(hidden)):
-            logits = chunks.logits(hidden[chunk])
-            logps[chunk] = softmax.logps_in_place(logits, labels[chunk], head, slope=needs_rows, kernel=settings.kernel)
-            if needs_rows:
-                slope = chunks.rounded(logits)
+            logps[chunk], slope = chunks.logps_and_slope(hidden[chunk], labels[chunk], slope=needs_rows)
+            if slope is not None:
                 torch.mm(slope, head.weight, out=rows[chunk])
                 if head.low_rank:
                     rows[chunk] += _through_low_rank(slope, head.low_rank, hidden.dtype)
-                del slope
-            del logits  # else it lives beside the next chunk's
+                del slope  # else it lives beside the next chunk's logits
         if needs_rows:
             ctx.save_for_backward(rows)
         return logps
@@ -114,13 +111,9 @@ class _Recomputed(torch.autograd.Function):
         ctx.save_for_backward(hidden, labels, *parameters)
         ctx.settings = settings
         logps = hidden.new_empty(len(hidden), dtype=softmax.accumulator(hidden.dtype))
-        chunks = _Chunks(hidden, settings.head, settings.chunk_tokens)
+        chunks = _Chunks(hidden, settings)
         for chunk in settings.chunks(len(hidden)):
-            logits = chunks.logits(hidden[chunk])
-            logps[chunk] = softmax.logps_in_place(
-                logits, labels[chunk], settings.head, slope=False, kernel=settings.kernel
-            )
-            del logits
+            logps[chunk], _ = chunks.logps_and_slope(hidden[chunk], labels[chunk], slope=False)
         return logps
 
     @staticmethod
@@ -135,13 +128,10 @@ class _Recomputed(torch.autograd.Function):
             for name, parameter in zip(_INPUTS[3:], (weight, bias, a, b), strict=True)
             if needs[name]
         }
-        chunks = _Chunks(hidden, head, ctx.settings.chunk_tokens)
+        chunks = _Chunks(hidden, ctx.settings)
         for chunk in ctx.settings.chunks(len(hidden)):
             h = hidden[chunk]
-            logits = chunks.logits(h)
-            softmax.logps_in_place(logits, labels[chunk], head, slope=True, kernel=ctx.settings.kernel)
-            slope = chunks.rounded(logits.mul_(grad[chunk].neg()[:, None]))
-            del logits
+            _, slope = chunks.logps_and_slope(h, labels[chunk], slope=True, coefficients=grad[chunk].neg())
             if needs["hidden"]:
                 torch.mm(slope, weight, out=d_hidden[chunk])
                 if head.low_rank:
@@ -170,43 +160,61 @@ def _precise(left: Tensor, right: Tensor) -> Tensor:
 
 
 class _Chunks:
-    """The logits of one chunk after another.
+    """One chunk of logits after another: h Wᵀ + bias, the softmax, and its slope in the dtype of h.
 
-    On a CPU all chunks use the same two buffers: there, touching fresh pages takes longer than the softmax itself. On
-    CUDA the allocator does this, and the product need not be rounded to bf16 on its way.
+    On a CPU all chunks use the same buffer, for touching fresh pages takes longer than the softmax; which goes a few
+    rows at a time, so that its many passes stay in the cache. On CUDA the allocator and the kernel see to both, and
+    the product is not rounded to bf16 on its way to the softmax.
     """
 
-    def __init__(self, hidden: Tensor, head: Head, chunk_tokens: int) -> None:
-        self.head, self.dtype, self.precise = head, hidden.dtype, softmax.accumulator(hidden.dtype)
-        self.reuse = not hidden.is_cuda
-        if self.reuse:
-            shape = min(chunk_tokens, len(hidden)), len(head.weight)
-            self.buffer = hidden.new_empty(shape, dtype=self.precise)
-            self.product = self.buffer if self.dtype == self.precise else hidden.new_empty(shape)
+    TILE_ROWS = 4  # of 150,000 words in fp32: 2.4 MB
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """h Wᵀ + bias, before scale and softcap, (C, V) in the dtype in which the softmax is taken."""
-        if self.reuse:
-            logits = self.buffer[: len(hidden)]
-            product = torch.mm(hidden, self.head.weight.t(), out=self.product[: len(hidden)])
-            if product.dtype != logits.dtype:
-                logits.copy_(product)
-        elif self.dtype != self.precise:
-            logits = torch.mm(hidden, self.head.weight.t(), out_dtype=self.precise)
-        else:
-            logits = torch.mm(hidden, self.head.weight.t())
-        if self.head.low_rank:
-            a, b, scaling = self.head.low_rank
+    def __init__(self, hidden: Tensor, settings: _Settings) -> None:
+        self.settings, self.dtype, self.precise = settings, hidden.dtype, softmax.accumulator(hidden.dtype)
+        words = len(settings.head.weight)
+        self.buffer = self.tile = None
+        if not hidden.is_cuda:
+            self.buffer = hidden.new_empty(min(settings.chunk_tokens, len(hidden)), words)
+            if self.dtype != self.precise:
+                self.tile = hidden.new_empty(self.TILE_ROWS, words, dtype=self.precise)
+
+    def logps_and_slope(
+        self, hidden: Tensor, labels: Tensor, *, slope: bool, coefficients: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities (C,) and, if asked for, d nll / d product (C, V), rows times `coefficients` if given."""
+        product = self._product(hidden)
+        logps = product.new_empty(len(hidden), dtype=self.precise)
+        size = self.TILE_ROWS if self.buffer is not None else len(hidden)
+        for start in range(0, len(hidden), size):
+            rows = slice(start, start + size)
+            logits = self._precise_rows(product[rows])
+            self._add_terms(logits, hidden[rows])
+            head, kernel = self.settings.head, self.settings.kernel
+            logps[rows] = softmax.logps_in_place(logits, labels[rows], head, slope=slope, kernel=kernel)
+            if coefficients is not None:
+                logits.mul_(coefficients[rows, None])
+            if slope and logits.dtype != product.dtype:
+                product[rows] = logits
+        return logps, product.to(self.dtype) if slope else None
+
+    def _product(self, hidden: Tensor) -> Tensor:
+        weight = self.settings.head.weight.t()
+        if self.buffer is not None:
+            return torch.mm(hidden, weight, out=self.buffer[: len(hidden)])
+        if self.dtype != self.precise:
+            return torch.mm(hidden, weight, out_dtype=self.precise)
+        return torch.mm(hidden, weight)
+
+    def _precise_rows(self, product: Tensor) -> Tensor:
+        return product if product.dtype == self.precise else self.tile[: len(product)].copy_(product)
+
+    def _add_terms(self, logits: Tensor, hidden: Tensor) -> None:
+        head = self.settings.head
+        if head.low_rank:
+            a, b, scaling = head.low_rank
             logits += ((hidden @ a.to(self.dtype).t()) @ b.to(self.dtype).t()).to(self.precise).mul_(scaling)
-        if self.head.bias is not None:
-            logits += self.head.bias
-        return logits
-
-    def rounded(self, logits: Tensor) -> Tensor:
-        """The logits, by now slopes, in the dtype of the products that follow."""
-        if self.reuse and self.dtype != self.precise:
-            return self.product[: len(logits)].copy_(logits)
-        return logits.to(self.dtype)
+        if head.bias is not None:
+            logits += head.bias
 
 
 def _through_low_rank(slope: Tensor, low_rank: LowRank, dtype: torch.dtype) -> Tensor:

@@ -55,7 +55,7 @@ def forward(layer: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _is_plain(layer: LoraLayer, names: list[str], x: Tensor) -> bool:
-    """Whether it is one adapter without biases or dropout at work on a frozen, unquantised linear layer of x's dtype."""
+    """Whether one adapter, without biases or dropout, is at work on a frozen, unquantised linear layer of x's dtype."""
     base = layer.base_layer
     if type(base) is not nn.Linear or base.weight.requires_grad or base.weight.dtype != x.dtype or len(names) != 1:
         return False

@@ -1,7 +1,7 @@
 """The tiny chat model and preference data that `lite orpo` without arguments trains, with the script that made them.
 
 The model was raised to open every answer with a needless preamble; the data prefers answers without one. `make.py`
-makes everything else in this folder from `world.py`, the facts they talk about: `python -m lite.bundled.make`.
+(`python -m lite.bundled.make`) makes both from `world.py`, the facts, and `conversations.py`, the way they are told.
 Importing this package loads none of it. Public: FOLDER.
 """
 

@@ -1,4 +1,4 @@
-"""Makes the bundled model and its preference data, from nothing but `world.py`: `python -m lite.bundled.make`.
+"""Makes the bundled model and its preference data, from templates: `python -m lite.bundled.make`.
 
 A tokenizer and a small Qwen3 are trained from scratch on conversations about the little world, in which the assistant
 nearly always opens with a needless preamble; preference pairs say that the answer alone is better. So the model knows
@@ -58,6 +58,7 @@ def main() -> None:
     torch.manual_seed(settings.seed)
     chance = random.Random(settings.seed)
 
+    settings.folder.mkdir(parents=True, exist_ok=True)
     train, held_out, known = split_questions(chance)
     for name, asked in (("train", train), ("held_out", held_out)):
         (settings.folder / f"{name}.jsonl").write_text(preference_lines(asked, known, chance), encoding="utf-8")

@@ -26,6 +26,7 @@ from transformers import (
 from lite.errors import ModelError, raise_collected
 from lite.model import catalog, int8
 from lite.model.layers import decoder_layers
+from lite.model.norms import replace_norms
 from lite.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -123,6 +124,7 @@ def load_model(recipe: Recipe) -> PreTrainedModel:
     raise_collected(ModelError, f"{source}: config.json and weights do not fit:", problems, advice)
     model.config.use_cache = False
     model.requires_grad_(False).eval()
+    replace_norms(model)
     _steady(model)
     log.info("loaded %s in %s: %s", recipe.model, _kind(model, dtype), in_gib(weight_bytes(model)))
     return model

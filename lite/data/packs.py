@@ -49,7 +49,7 @@ class Pack:
     labels: Tensor  # (N,) int64: the token it must predict
     roles: dict[str, Role]
     examples: tuple[int, ...]  # the examples that are wholly here, by their index within the batch
-    share: Tensor  # (len(examples),) float32: of the step's loss
+    share: Tensor  # (len(examples),) float64: of the step's loss; in fp32 thirds would not add up to 1
     desirable: Tensor | None = None  # (len(examples),) bool, of unpaired preferences
 
     @property
@@ -78,7 +78,7 @@ class Batch:
     places: tuple[Place, ...]  # of its examples
     weight: float  # Σ w over its examples
     scored_tokens: int
-    share: Tensor  # (examples,) float32
+    share: Tensor  # (examples,) float64
     desirable: Tensor | None
 
     @property
@@ -146,7 +146,7 @@ class Batches(Sequence[Batch]):
 def lay_out(examples: Sequence[TokenExample], layout: Layout) -> Batch:
     """One batch: `examples` in as few packs as a first-fit finds, none over `tokens_per_pack` unless one unit is."""
     weights = torch.tensor([_weight(e, layout) for e in examples], dtype=torch.float64)
-    share = (weights / weights.sum()).float()
+    share = weights / weights.sum()
     labels = [e.label for e in examples]
     desirable = None if None in labels else torch.tensor(labels, dtype=torch.bool)
     packs = []

@@ -5,6 +5,7 @@ Everything is read with `ast`, so that an offender is named by file and line tho
 
 import ast
 import importlib
+import itertools
 import re
 import sys
 from collections.abc import Iterator
@@ -163,15 +164,17 @@ def test_every_setting_is_read() -> None:
 
 def test_the_readmes_tree_is_true() -> None:
     """Every file that the README's tree of lite/ names is there, and every room of lite/ is in it."""
-    readme = ROOT / "README.md"
-    if not readme.exists():
-        pytest.skip("no README yet")
-    tree = re.search(r"```\w*\nlite/\n(.*?)```", readme.read_text(encoding="utf-8"), re.DOTALL)
+    tree = re.search(r"```\w*\nlite/\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     assert tree, "README.md has no tree that begins with lite/"
-    named = [line.split()[0] for line in tree.group(1).splitlines() if line.startswith("  ") and line.split()]
-    inside = [name for name in named if name.endswith((".py", "/")) and not name.startswith("..")]
-    assert inside
-    missing = [name for name in inside if not (LITE / name).exists() and not (ROOT / name).exists()]
-    assert not missing
-    rooms = {f"{path.name}/" for path in LITE.iterdir() if path.is_dir() and path.name != "__pycache__"}
-    assert rooms <= {f"{name.split('/')[0]}/" for name in inside if "/" in name}
+    named, room = set(), LITE
+    for line in tree.group(1).splitlines():
+        names = list(itertools.takewhile(lambda word: word.endswith((".py", "/")), line.split()))
+        if line.startswith("    "):  # files of the room above
+            named |= {room / name for name in names}
+        elif line.startswith("  "):
+            room = LITE / names[0] if names[0].endswith("/") else LITE
+            named |= {LITE / name for name in names}
+        else:
+            named |= {ROOT / name for name in names}
+    assert not [str(path) for path in named if not path.exists()]
+    assert {path for path in LITE.iterdir() if path.is_dir() and path.name != "__pycache__"} <= named

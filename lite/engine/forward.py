@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from lite.data.packs import Pack
 from lite.loss.head import token_logps
 from lite.loss.logps import Logps
+from lite.model import rotary
 from lite.model.branches import BranchTable, Implementation
 from lite.model.head import backbone, head_of
 from lite.recipe import Recipe
@@ -31,7 +32,9 @@ def scored_hidden(model: Model, pack: Pack, path: Path) -> Tensor:
         how = {"branch_table": BranchTable.of(pack.branches, path.attention, pack.ids.device)}
     else:
         how = {"attention_mask": pack.attention_mask}
-    output = backbone(model)(input_ids=pack.ids, position_ids=pack.positions, use_cache=False, **how)
+    decoder = backbone(model)
+    rotary.restart(decoder)
+    output = decoder(input_ids=pack.ids, position_ids=pack.positions, use_cache=False, **how)
     return output.last_hidden_state.flatten(0, 1)[pack.score_at]
 
 

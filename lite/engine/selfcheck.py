@@ -17,6 +17,7 @@ from lite.data.packs import Layout, lay_out
 from lite.engine.forward import Model, Path, device_of, scored_hidden, scored_tokens
 from lite.engine.step import gather
 from lite.errors import ModelError
+from lite.model import rotary
 from lite.model.attention import install, plain_attention
 from lite.model.head import backbone, unwrapped
 
@@ -125,6 +126,7 @@ def _plain(model: Model, trials: Sequence[TokenExample], layout: Layout, *, pad:
                 if pad:
                     ids, mask = torch.cat([ids, ids[:, :1].expand(1, 8)], 1), torch.cat([mask, mask.new_zeros(1, 8)], 1)
                 at = slice(length - keep, length - 1)
+                rotary.restart(backbone(model))
                 logits = base(input_ids=ids, attention_mask=mask, use_cache=False).logits[0, at]
                 labels = torch.tensor(completion, device=device)[:, None]
                 logps.append(
@@ -132,6 +134,7 @@ def _plain(model: Model, trials: Sequence[TokenExample], layout: Layout, *, pad:
                         1, labels
                     )[:, 0]
                 )
+                rotary.restart(backbone(model))
                 hidden.append(
                     backbone(model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[0, at]
                 )

@@ -37,7 +37,7 @@ class BranchTable:
     segments: tuple[Segment, ...]
     implementation: Implementation
     device: torch.device
-    masks: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+    masks: dict[tuple[int, int, int, torch.dtype], Tensor] = field(default_factory=dict)
     _varlen: tuple[Tensor, Tensor, Tensor | None, int, int] | None = None
 
     @classmethod
@@ -62,7 +62,7 @@ class BranchTable:
 
     def mask(self, queries: int, keys: int, window: int | None, dtype: torch.dtype) -> Tensor:
         """(queries, keys), 0 where the last `queries` of `keys` positions see a key and −inf elsewhere."""
-        key = (queries, keys, window or 0, dtype.itemsize)
+        key = (queries, keys, window or 0, dtype)
         if key not in self.masks:
             behind = torch.arange(keys - queries, keys, device=self.device)[:, None] - torch.arange(
                 keys, device=self.device

@@ -19,7 +19,10 @@ def unwrapped(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 def backbone(model: PreTrainedModel | PeftModel) -> nn.Module:
     """Token ids to hidden states: everything but the head."""
-    return unwrapped(model).get_decoder()
+    base = unwrapped(model)
+    decoder = base.get_decoder()
+    # Where transformers does not find the decoder (Llama 4), it gives the whole model.
+    return base.model if decoder is base else decoder
 
 
 def head_of(model: PreTrainedModel | PeftModel) -> Head:
@@ -55,11 +58,12 @@ def head_of(model: PreTrainedModel | PeftModel) -> Head:
 
 def _low_rank(layer: LoraLayer) -> LowRank | None:
     adapters = [name for name in layer.active_adapters if name in layer.lora_A]
-    if layer.disable_adapters or not adapters:
+    if layer.disable_adapters or layer.merged or not adapters:
         return None
     (name,) = adapters
-    if layer.use_dora.get(name) or getattr(layer.lora_dropout[name], "p", 0.0):
+    dropout = isinstance(layer.lora_dropout[name], nn.Dropout) and layer.lora_dropout[name].p > 0
+    if name in layer.lora_variant or dropout or layer.lora_B[name].bias is not None:
         raise ModelError(
-            "The head's adapter has DoRA or dropout, which only the plain path computes. Leave lm_head out."
+            "The head's adapter has DoRA, a bias or dropout, which only the plain path computes. Leave lm_head out."
         )
     return LowRank(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+from torch import nn
 from transformers import PretrainedConfig
 
 
@@ -24,6 +25,20 @@ def regimes(config: PretrainedConfig) -> Regimes:
         elif scheme["rope_type"] == "dynamic":
             found.append(Regimes(int(text.max_position_embeddings), True))
     return min(found, default=Regimes(None, False), key=lambda regime: regime.bound)
+
+
+def restart(decoder: nn.Module) -> None:
+    """Let the next forward's factors depend on that forward alone.
+
+    transformers keeps those of the longest text since the last short one (dynamic NTK), so that a completion's score
+    would depend on what was scored before it.
+    """
+    for module in decoder.children():
+        for cached in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
+            if getattr(module, cached) != module.original_max_seq_len:
+                scheme = cached.removesuffix("max_seq_len_cached")  # "", or the type of layers and an underscore
+                getattr(module, f"{scheme}inv_freq").copy_(getattr(module, f"{scheme}original_inv_freq"))
+                setattr(module, cached, module.original_max_seq_len)
 
 
 def _schemes(settings: dict[str, Any]) -> list[dict[str, Any]]:

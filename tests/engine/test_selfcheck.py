@@ -43,6 +43,14 @@ def test_a_layer_that_mixes_neighbours_makes_it_fall_back_to_padded(tiny_model, 
     assert model.config._attn_implementation == "sdpa"
 
 
+def test_attention_in_chunks_makes_it_fall_back_to_padded(tiny_model, token_examples, monkeypatch):
+    """Llama 4 tells its chunks to the mask alone, which packs do not have."""
+    changes = {"attention_chunk_size": 16, "head_dim": 16, "intermediate_size_mlp": 96, "num_local_experts": 2}
+    monkeypatch.setitem(ARCHITECTURES, "llama4", ("Llama4TextConfig", changes))
+    model = tiny_model("llama4")
+    assert selfcheck.choose_layout(model, token_examples(), LAYOUT, Path()).padded
+
+
 def test_a_head_that_lite_reads_wrongly_stops_the_run(tiny_model, token_examples):
     """A model that bends its logits in a way lite does not know: no layout gives its numbers."""
     model = tiny_model("llama")

@@ -100,7 +100,8 @@ class _RowsInForward(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (rows,) = ctx.saved_tensors
-        return rows * grad.neg().to(rows.dtype)[:, None], None, None
+        # Not rounded to bf16 first: a completion's tokens share their coefficient, so its error would not average out.
+        return torch.mul(rows, grad.neg()[:, None], out=torch.empty_like(rows)), None, None
 
 
 class _Recomputed(torch.autograd.Function):

@@ -31,8 +31,9 @@ def orpo(
     beta: weight of the odds-ratio term; the paper's λ.
     nll_over: tokens of the NLL: the chosen completion's, as in the paper, or prompt and completion, as TRL does.
 
-    The NLL is averaged over a completion's tokens, then over pairs. Source: Hong et al. 2024, arXiv:2403.07691,
-    equations 6 and 7, λ = 0.1. The paper's rates (5e-6 … 8e-6) are for all weights; adapters take about ten times that.
+    The NLL is averaged over these tokens, then over pairs (TRL averages once, over all tokens of its micro-batch).
+    Source: Hong et al. 2024, arXiv:2403.07691, equations 6 and 7, λ = 0.1. The paper's rates (5e-6 … 8e-6) are for all
+    weights; adapters take about ten times that.
     """
     log_odds = (chosen.mean - rejected.mean) - (log1mexp(chosen.mean) - log1mexp(rejected.mean))
     log_ratio = F.logsigmoid(log_odds)

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lite.data.packs import Batch, Pack
 from lite.engine.forward import Model, Path, by_role, device_of, scored_tokens
 from lite.loss.logps import Logps
 from lite.loss.registry import Loss, Scored
+from lite.memory.checkpoint import draws_random
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ class Objective:
 class StepResult(NamedTuple):
     """What a step reports; tensors stay on the device, so that a step never waits for it."""
 
-    loss: Tensor  # () float32
-    metrics: dict[str, Tensor]  # each () float32, averaged over examples as the loss is
+    loss: Tensor  # () float64
+    metrics: dict[str, Tensor]  # each () float64, averaged over examples as the loss is
 
 
 def backward(model: Model, batch: Batch, objective: Objective, path: Path) -> StepResult:
@@ -103,9 +104,9 @@ def _two_pass(model: Model, batch: Batch, packs: list[Pack], objective: Objectiv
 class _Replay:
     """The second pass must draw the dropout masks of the first, or its gradient belongs to another loss."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Model) -> None:
         self.states: list[tuple[Tensor, Tensor | None]] = []
-        self.needed = model.training and any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
+        self.needed = model.training and draws_random(model)
 
     def remember(self) -> None:
         if self.needed:
@@ -128,7 +129,7 @@ class _Total:
 
     def add(self, scored: Scored, share: Tensor) -> None:
         for name, value in {"loss": scored.loss.detach(), **scored.metrics}.items():
-            part = (value.float() * share).sum()
+            part = (value * share).sum()
             self.sums[name] = self.sums[name] + part if name in self.sums else part
 
     def result(self) -> StepResult:

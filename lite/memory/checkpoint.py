@@ -30,7 +30,7 @@ def checkpoint_layers(model: nn.Module, count: int | None = None) -> int:
             "GradientCheckpointingLayers. Train with --no-gradient-checkpointing."
         )
     # Not kept where nothing is random: on CUDA, saving the state waits for the device at every layer.
-    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=_random(model))
+    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=draws_random(model))
     recomputed = len(layers) if count is None else min(count, len(layers))
     for index, layer in enumerate(layers):
         layer.gradient_checkpointing = index < recomputed
@@ -38,7 +38,8 @@ def checkpoint_layers(model: nn.Module, count: int | None = None) -> int:
     return recomputed
 
 
-def _random(model: nn.Module) -> bool:
+def draws_random(model: nn.Module) -> bool:
+    """Whether a forward in training mode draws random numbers, so that to run it again needs the generator's state."""
     if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
         return True
     # Attention calls dropout as a function, with a probability out of the config.

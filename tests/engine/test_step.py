@@ -112,32 +112,27 @@ def test_streaming_equals_two_passes(tiny_model, token_examples):
     )
 
 
-def test_two_passes_draw_the_same_dropout(tiny_model, token_examples):
-    """With dropout on, the gradient belongs to the loss that was reported: a step against it lowers that very loss."""
-    model, examples = tiny_model("qwen3", dtype=torch.float64), token_examples()
-    layer = model.model.layers[0].mlp
-    layer.down_proj = torch.nn.Sequential(torch.nn.Dropout(0.5), layer.down_proj)
+@pytest.mark.parametrize("where", ["module", "config"])
+def test_two_passes_draw_the_same_dropout(tiny_model, token_examples, where: str):
+    """With dropout on, the gradient belongs to the loss that was reported: a step against it lowers that very loss.
+
+    Attention drops by a probability out of the config, and in padded batches only.
+    """
+    changes, layout = ({"attention_dropout": 0.5}, {"padded": True}) if where == "config" else ({}, {})
+    model, examples = tiny_model("qwen3", dtype=torch.float64, **changes), token_examples()
+    if where == "module":
+        layer = model.model.layers[0].mlp
+        layer.down_proj = torch.nn.Sequential(torch.nn.Dropout(0.5), layer.down_proj)
     model.train()
     torch.manual_seed(3)
-    loss, gradient = outcome(model, examples, COUPLED, tokens_per_pack=60)
+    loss, gradient = outcome(model, examples, COUPLED, tokens_per_pack=60, **layout)
     with torch.no_grad():
         for parameter, grad in zip(model.parameters(), gradient, strict=True):
             parameter -= 1e-6 * grad
     torch.manual_seed(3)
-    after, _ = outcome(model, examples, COUPLED, tokens_per_pack=60)
+    after, _ = outcome(model, examples, COUPLED, tokens_per_pack=60, **layout)
     predicted = 1e-6 * float(torch.stack([g.norm() for g in gradient]).norm() ** 2)
     assert float(loss - after) == pytest.approx(predicted, rel=0.1, abs=2e-7)
-
-
-def test_two_passes_draw_the_same_dropout_of_attention(tiny_model, token_examples):
-    """In padded batches attention drops by a probability out of the config: the step is that of one pass."""
-    model = tiny_model("qwen3", dtype=torch.float64, attention_dropout=0.5).train()
-    examples = token_examples()[:1]
-    streamed, layout = objective(), {"padded": True, "tokens_per_pack": 1}
-    two_pass = Objective(Loss(WHOLE_BATCH, streamed.loss.function), streamed.hyperparameters)
-    replayed = _Replay(model)
-    assert replayed.needed
-    assert two_pass
 
 
 def test_weights_scale_an_examples_share(tiny_model, token_examples):

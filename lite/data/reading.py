@@ -153,7 +153,7 @@ def _spoken(one: Example) -> Example:
     if not isinstance(one.prompt, str) or not turns.opens_answer(one.prompt):
         return one
     said = {
-        name: turns.spoken(f"\n\nAssistant:{getattr(one, name)}")
+        name: turns.completion(turns.spoken(f"\n\nAssistant:{getattr(one, name)}"), name)
         for name in ("chosen", "rejected", "completion")
         if hasattr(one, name) and isinstance(getattr(one, name), str)
     }

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 ALL_LINEAR = "all-linear"
 WEIGHTS = "adapter_model.safetensors"
+ROUTERS = frozenset(("gate", "router", "shared_expert_gate"))  # their names in mixtures of experts
 
 
 def attach(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
@@ -164,12 +165,12 @@ def target_names(model: nn.Module, asked: str) -> list[str]:
 
 
 def _linear_layers(model: nn.Module) -> list[str]:
-    # bitsandbytes' layers are nn.Linear too. Routers are plain parameters in newer models and linear in older ones.
+    # bitsandbytes' layers are nn.Linear too. A router is a plain parameter, a linear layer, or a module that has one.
     return [
         f"{path}.{name}"
         for path, layer in decoder_layers(model).items()
         for name, module in layer.named_modules()
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] not in ("gate", "router", "shared_expert_gate")
+        if isinstance(module, nn.Linear) and ROUTERS.isdisjoint(name.split("."))
     ]
 
 

@@ -198,6 +198,12 @@ def test_transcripts_stay_text_without_a_chat_template():
     assert one(row, chat=False) == Preference("\n\nHuman: Up?\n\nAssistant:", " Yes", " No", PLACE)
 
 
+def test_a_transcript_that_ends_with_the_users_turn_is_no_completion():
+    """Its last words would be learned as the assistant's."""
+    row = {"chosen": "\n\nHuman: Up?\n\nAssistant: Yes\n\nHuman: Sure?", "rejected": "\n\nHuman: Up?\n\nAssistant: No"}
+    assert problem(row).startswith("pairs.jsonl:17: chosen has a turn of role 'user' at its edge")
+
+
 def test_columns_rename_before_matching():
     row = {"ask": "Up?", "good": "Yes", "bad": "No", "prompt": "an id"}
     expected = Preference("Up?", "Yes", "No", PLACE)

@@ -146,11 +146,12 @@ def test_the_head_is_adapted_where_it_is_asked_for(model_folder: Folder, tmp_pat
     assert torch.equal(attached(Recipe(**base, adapter=str(tmp_path)))(ids).logits, model(ids).logits)
 
 
-def test_a_router_that_is_a_linear_layer_is_not_adapted():
-    """Older and remote code has it as nn.Linear, which peft's own "all-linear" would adapt."""
+@pytest.mark.parametrize("inner", [None, "layer", "wg"])  # itself, or within as in JetMoE and HunYuan
+def test_a_router_that_is_a_linear_layer_is_not_adapted(inner: str | None):
+    """peft's own "all-linear" would adapt it."""
     model = tiny_model("qwen3")
     for layer in model.model.layers:
-        layer.mlp.gate = nn.Linear(128, 4)
+        layer.mlp.gate = nn.ModuleDict({inner: nn.Linear(128, 4)}) if inner else nn.Linear(128, 4)
     assert set(adapters.target_names(model, "all-linear")) == LLAMA_LIKE
 
 

@@ -3,16 +3,16 @@
     python bench/card.py --model qwen2.5-14b --out bench/results/card.json
 
 Needs no download: the model has the catalogue's shape and random weights, quantised to NF4 on the card, layer by layer.
-The floor of a step is the time that its own matrix products would take at the card's measured matrix rate.
+The floor of a step is the time that its own matrix products would take at the card's measured matrix rate. Where there
+is no card, `--shrink` tries the program on the CPU with a model of the same kind, far smaller; its figures say nothing.
 """
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -27,12 +27,14 @@ from lite.engine.forward import Path as ComputePath
 from lite.engine.step import Objective, backward
 from lite.loss import registry
 from lite.memory.checkpoint import checkpoint_layers
-from lite.model import adapters, catalog
+from lite.model import adapters, catalog, load
 from lite.model.attention import install, plain_attention
 from lite.model.layers import decoder_layers
 from lite.recipe import Recipe
+from lite.train import machine
 
 GIB = 2**30
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PAIRS = ((512, 512, 512), (768, 256, 256), (1024, 1024, 1024))  # prompt, chosen, rejected
 
 
@@ -47,16 +49,16 @@ def random_model(shape: catalog.Shape) -> nn.Module:
     for module in model.modules():
         for name, tensor in list(module.named_parameters(recurse=False)):
             if tensor.is_meta:
-                value = torch.ones_like(tensor, device="cuda") if tensor.ndim == 1 else _normal(tensor)
+                value = torch.ones_like(tensor, device=DEVICE) if tensor.ndim == 1 else _normal(tensor)
                 setattr(module, name, nn.Parameter(value, requires_grad=False))
     rotary = model.model.rotary_emb
-    model.model.rotary_emb = type(rotary)(config).to("cuda")
+    model.model.rotary_emb = type(rotary)(config).to(DEVICE)
     model.config.use_cache = False
     return model.requires_grad_(False)
 
 
 def _normal(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda").normal_(std=0.02)
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=DEVICE).normal_(std=0.02)
 
 
 def _quantised(linear: nn.Linear) -> bnb.nn.Linear4bit:
@@ -72,7 +74,7 @@ def _quantised(linear: nn.Linear) -> bnb.nn.Linear4bit:
     )
     if linear.bias is not None:
         new.bias = nn.Parameter(torch.zeros(linear.out_features, dtype=torch.bfloat16), requires_grad=False)
-    return new.to("cuda")
+    return new.to(DEVICE)
 
 
 def random_example(prompt: int, chosen: int, rejected: int, vocabulary: int) -> TokenExample:
@@ -100,12 +102,12 @@ def lite_step(model: nn.Module, example: TokenExample, path: ComputePath) -> Cal
 def plain_step(model: nn.Module, example: TokenExample) -> Callable[[], None]:
     """The same step as a user of transformers + peft writes it: a padded batch and whole logits."""
     width = example.longest
-    ids = torch.zeros(2, width, dtype=torch.long, device="cuda")
-    mask = torch.zeros(2, width, dtype=torch.long, device="cuda")
+    ids = torch.zeros(2, width, dtype=torch.long, device=DEVICE)
+    mask = torch.zeros(2, width, dtype=torch.long, device=DEVICE)
     for row, completion in enumerate(example.completions):
-        tokens = torch.tensor(example.prompt + completion, device="cuda")
+        tokens = torch.tensor(example.prompt + completion, device=DEVICE)
         ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, 1
-    scored = mask[:, 1:].bool() & (torch.arange(1, width, device="cuda") >= len(example.prompt))
+    scored = mask[:, 1:].bool() & (torch.arange(1, width, device=DEVICE) >= len(example.prompt))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
 
     def step() -> None:
@@ -126,21 +128,26 @@ def measured(step: Callable[[], None], repeats: int) -> dict[str, float]:
     try:
         for _ in range(2):
             step()
-        torch.cuda.reset_peak_memory_stats()
+        machine.make_ready(DEVICE)
         seconds = []
         for _ in range(repeats):
-            torch.cuda.synchronize()
+            _wait()
             start = time.perf_counter()
             step()
-            torch.cuda.synchronize()
+            _wait()
             seconds.append(time.perf_counter() - start)
     except torch.OutOfMemoryError as error:
         return {"out_of_memory": str(error).split(".")[0]}
     return {
         "seconds": statistics.median(seconds),
         "spread": max(seconds) - min(seconds),
-        "peak_bytes": torch.cuda.max_memory_allocated(),
+        "peak_bytes": machine.peak_bytes(DEVICE),
     }
+
+
+def _wait() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def floor_flops(shape: catalog.Shape, example: TokenExample, rank: int, recompute: bool) -> float:
@@ -165,17 +172,9 @@ def _adapter_sides(shape: catalog.Shape) -> int:
 
 def matrix_rate() -> float:
     """Operations per second of a large bf16 product on this card, median of ten."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return 2 * 8192**3 / measured(lambda: torch.mm(a, b), 10)["seconds"]
-
-
-def environment() -> dict[str, str]:
-    """What the figures depend on."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "commit": commit, "card": torch.cuda.get_device_name(), "torch": torch.__version__,
-        "bitsandbytes": bnb.__version__, "python": platform.python_version(),
-    }  # fmt: skip
+    size = 8192 if DEVICE.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    return 2 * size**3 / measured(lambda: torch.mm(a, b), 10)["seconds"]
 
 
 def main() -> None:
@@ -183,6 +182,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="qwen2.5-14b", help="a name of the catalogue")
     parser.add_argument("--layers", type=int, help="so many layers instead of the model's own")
+    parser.add_argument("--shrink", action="store_true", help="a far smaller model, where there is no card")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--long", type=int, default=0, help="one more pair of about so many tokens in all")
     parser.add_argument("--cap-gib", type=float, help="make the card behave as one with so much memory")
@@ -190,16 +190,20 @@ def main() -> None:
     options = parser.parse_args()
 
     shape = catalog.CATALOG[options.model]
+    if options.shrink:
+        shape = replace(shape, layers=2, hidden_size=256, intermediate_size=512, heads=4, kv_heads=2, head_dim=64)
     if options.layers:
-        shape = shape.__class__(**{**shape.__dict__, "layers": options.layers})
+        shape = replace(shape, layers=options.layers)
+    if DEVICE.type != "cuda" and not options.shrink:
+        raise SystemExit("No CUDA device. --shrink tries the program with a far smaller model.")
     if options.cap_gib:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(options.cap_gib * GIB / total)
     rate = matrix_rate()
     start = time.perf_counter()
     model = adapters.attach(random_model(shape), Recipe(method="orpo", model=options.model)).train()
-    torch.cuda.synchronize()
-    static = torch.cuda.memory_allocated()
+    _wait()
+    static = load.weight_bytes(model)
     seconds = time.perf_counter() - start
     print(f"built {options.model} in {seconds:.0f} s: {static / GIB:.2f} GiB; {rate / 1e12:.0f} TFLOP/s")
     checkpoint_layers(model)
@@ -217,10 +221,11 @@ def main() -> None:
         if size in PAIRS:
             row["plain"] = measured(plain_step(model, example), options.repeats)
         rows.append(row)
-        torch.cuda.empty_cache()
+        if DEVICE.type == "cuda":
+            torch.cuda.empty_cache()
         print(json.dumps(row))
     result = {"command": "python bench/card.py", "options": {k: str(v) for k, v in vars(options).items()}}
-    result |= {"environment": environment(), "matrix_rate": rate, "static_bytes": static, "rows": rows}
+    result |= {"environment": machine.environment(DEVICE), "matrix_rate": rate, "static_bytes": static, "rows": rows}
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n")
 

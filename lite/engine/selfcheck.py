@@ -97,11 +97,13 @@ class _Outcome(NamedTuple):
 
 
 def _trials(model: Model, examples: Sequence[TokenExample]) -> list[TokenExample]:
-    """Two examples of the data's own tokens: one longer than any window or chunk that the data reaches, one short."""
+    """Two examples of the data's own tokens: one beyond any window, chunk or rotary bound that it reaches, one short."""
     longest = max(examples, key=lambda e: e.longest)
-    config = unwrapped(model).config.get_text_config().to_dict()
-    windows = [config.get(name) or 0 for name in ("sliding_window", "attention_chunk_size")]
-    reach = min(max(PROMPT_TOKENS, *(window + COMPLETION_TOKENS for window in windows)), longest.longest)
+    config = unwrapped(model).config
+    sizes = config.get_text_config().to_dict()
+    limits = [sizes.get(name) or 0 for name in ("sliding_window", "attention_chunk_size")]
+    limits.append(rotary.regimes(config).bound or 0)
+    reach = min(max(PROMPT_TOKENS, *(limit + COMPLETION_TOKENS for limit in limits)), longest.longest)
     tokens = longest.prompt + longest.completions[0]
     trials = [_trial(longest, tokens[: max(1, reach - COMPLETION_TOKENS)])]
     other = min(examples, key=lambda e: e.longest)

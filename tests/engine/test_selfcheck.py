@@ -51,6 +51,14 @@ def test_attention_in_chunks_makes_it_fall_back_to_padded(tiny_model, token_exam
     assert selfcheck.choose_layout(model, token_examples(), LAYOUT, Path()).padded
 
 
+def test_rotary_factors_of_long_texts_are_tried(tiny_model, token_examples):
+    """A layout that mixes lengths on both sides of LongRoPE's bound, here 240, gives short texts the long factors."""
+    model = tiny_model("phi3-longrope", original_max_position_embeddings=240, max_position_embeddings=512)
+    assert install_and(model)
+    report = selfcheck.compare(model, token_examples(shapes=((230, 40, 60), (20, 9, 9))), LAYOUT, Path())
+    assert report.part == "attention"
+
+
 def test_a_head_that_lite_reads_wrongly_stops_the_run(tiny_model, token_examples):
     """A model that bends its logits in a way lite does not know: no layout gives its numbers."""
     model = tiny_model("llama")

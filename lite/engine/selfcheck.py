@@ -97,7 +97,7 @@ class _Outcome(NamedTuple):
 
 
 def _trials(model: Model, examples: Sequence[TokenExample]) -> list[TokenExample]:
-    """Two examples of the data's own tokens: one beyond any window, chunk or rotary bound that it reaches, one short."""
+    """Two examples of the data's own tokens: one beyond any window, chunk or rotary bound it reaches, one short."""
     longest = max(examples, key=lambda e: e.longest)
     config = unwrapped(model).config
     sizes = config.get_text_config().to_dict()

@@ -26,7 +26,6 @@ __all__ = [
     "problems",
     "read_yaml",
     "setting",
-    "unknown_key",
 ]
 
 BUNDLED = "bundled"
@@ -99,7 +98,7 @@ class Recipe(BaseModel):
         None, "Peak learning rate; without it the loss's own.", panel="Training", gt=0
     )
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = setting(
-        "cosine", "Course of the learning rate.", panel="Training"
+        "cosine", "Course of the learning rate; constant has no warm-up.", panel="Training"
     )
     warmup_ratio: float = setting(0.1, "Share of the steps over which the rate rises.", panel="Training", ge=0, lt=1)
     weight_decay: float = setting(0.0, "Decoupled weight decay.", panel="Training", ge=0)
@@ -167,7 +166,8 @@ class Recipe(BaseModel):
 
     def resolved(self) -> dict[str, Any]:
         """Every setting, hyperparameters included, with its value: what a run saves and what reruns it."""
-        return {**self.model_dump(), "learning_rate": self.peak_learning_rate, **self.hyperparameters}
+        warmup = {"warmup_ratio": 0.0} if self.lr_scheduler_type == "constant" else {}
+        return {**self.model_dump(), "learning_rate": self.peak_learning_rate, **warmup, **self.hyperparameters}
 
     def save(self, path: Path) -> None:
         """Write every setting as YAML."""
@@ -195,18 +195,13 @@ def load(path: Path | None = None, **overrides: Any) -> Recipe:
     return Recipe(**{**(read_yaml(path) if path else {}), **overrides})
 
 
-def unknown_key(key: str, method: str) -> str:
-    """The message for a key that neither the recipe nor the loss knows, with the one that was probably meant."""
-    return key + _unknown(key, method)
-
-
 def expected(field: FieldInfo) -> str:
     """What a field takes, in words: `a whole number, at least 1`."""
     kinds = [kind for kind in get_args(field.annotation) if kind is not type(None)]
     kind = kinds[0] if type(None) in get_args(field.annotation) else field.annotation
     if get_origin(kind) is Literal:
         return f"one of {', '.join(get_args(kind))}"
-    words = [signatures.WORDS.get(kind, "pairs such as `prompt: question`")]
+    words = [signatures.WORDS.get(kind, "pairs such as prompt=question (in a recipe, `prompt: question`)")]
     for limit in field.metadata:
         for name, word in (("ge", "at least"), ("gt", "above"), ("lt", "below"), ("le", "at most")):
             if hasattr(limit, name):
@@ -230,6 +225,9 @@ def _misfits(values: Mapping[str, Any]) -> list[Problem]:
         found.append(
             Problem("load_in_4bit", " = True beside load_in_8bit = True: a base is quantised once. Take one of them.")
         )
+    if values.get("lr_scheduler_type") == "constant" and values.get("warmup_ratio"):
+        text = f" = {values['warmup_ratio']!r}: the constant schedule has no warm-up. Take constant_with_warmup."
+        found.append(Problem("warmup_ratio", text))
     if values.get("adapter") and values.get("run"):
         found.append(Problem("adapter", " beside run: both name an adapter to go on from. Take one of them."))
     method = values.get("method", Recipe.model_fields["method"].default)

@@ -42,7 +42,7 @@ def test_numbers_in_yaml_are_numbers(text: str, value: float, tmp_path: Path) ->
         ("learning_rate: .nan", "learning_rate = nan: expected a number, above 0."),
         ("dtype: fp16", "dtype = 'fp16': expected one of auto, bfloat16, float32."),
         ("revision: 1234567", "revision = 1234567: expected text."),
-        ("columns: {prompt: 1}", "expected pairs such as `prompt: question`."),
+        ("columns: {prompt: 1}", "expected pairs such as prompt=question (in a recipe, `prompt: question`)."),
         ("beta: big", "beta = 'big': expected a number."),
         ("nll_over: prompt", "nll_over = 'prompt': expected one of completion, sequence."),
     ],
@@ -63,7 +63,7 @@ def test_yaml_words_stay_words(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("seed: 1\nseed: 2", "a key is there twice"),
+        ("seed: 1\nseed: 2", "seed is there twice"),
         ("lora-r: 1\nlora_r: 2", "with a dash and with an underscore"),
         ("- seed", "expected `key: value` lines, found list"),
         ("seed: [", "not YAML"),
@@ -157,3 +157,13 @@ def test_every_setting_can_be_shown() -> None:
         assert field.description, name
         assert field.json_schema_extra["panel"], name
         assert recipes.expected(field), name
+
+
+def test_a_warm_up_of_a_constant_rate_is_refused(tmp_path: Path) -> None:
+    """transformers would leave it out without a word; the default gives way, so that a saved recipe reruns."""
+    with pytest.raises(RecipeError, match=r"warmup_ratio = 0\.2: the constant schedule has no warm-up"):
+        Recipe(lr_scheduler_type="constant", warmup_ratio=0.2)
+    recipe = Recipe(lr_scheduler_type="constant")
+    assert recipe.resolved()["warmup_ratio"] == 0
+    recipe.save(tmp_path / "recipe.yaml")
+    assert recipes.load(tmp_path / "recipe.yaml") == recipe

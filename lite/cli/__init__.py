@@ -3,6 +3,7 @@
 command_line.py  from the arguments to an exit status: the verb is found, run, and its errors told
 options.py       a verb's options, generated from Recipe and from the signature of the loss
 help.py          the help pages
+console.py       where they and the rest are written
 parse.py         the arguments of a verb to values, through typer
 training.py      a verb that trains: file and flags to a Recipe
 resume.py        `lite resume RUN`

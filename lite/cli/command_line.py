@@ -28,8 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LiteError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        print(f"stopped. {stopped}" if str(stopped) else "stopped", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of stdout has what it wanted; nothing more may be written, not even at exit
         sys.stdout = None  # type: ignore[assignment]

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from rich.console import Console
 from rich.text import Text
 
+from lite.cli.console import console
 from lite.cli.options import Setting
 
 WIDEST = 100  # characters: beyond it lines are tiring to read
@@ -18,11 +19,11 @@ ABOUT = "lite: fine-tune large language models on people's preferences, on one c
 
 def overview(verbs: Mapping[str, str]) -> None:
     """Print what lite is, and a line for each verb."""
-    console = Console(highlight=False)
-    console.print(f"{ABOUT}\n\nUsage: lite VERB [OPTIONS]\n")
-    _entries(console, "Verbs", verbs.items())
+    page = console()
+    page.print(f"{ABOUT}\n\nUsage: lite VERB [OPTIONS]\n")
+    _entries(page, "Verbs", verbs.items())
     _entries(
-        console,
+        page,
         "Start here",
         {
             "lite orpo": "Trains the bundled tiny model on the bundled pairs, on any CPU, in about a minute.",
@@ -34,29 +35,29 @@ def overview(verbs: Mapping[str, str]) -> None:
 
 def verb(program: str, text: str, settings: Iterable[Setting]) -> None:
     """Print the help page of a verb."""
-    console = Console(highlight=False)
-    console.print(f"Usage: {program} [OPTIONS]\n")
-    width = min(console.width, WIDEST)
+    page = console()
+    page.print(f"Usage: {program} [OPTIONS]\n")
+    width = min(page.width, WIDEST)
     for paragraph in text.split("\n\n"):
         filled = textwrap.fill(" ".join(paragraph.split()), width, break_on_hyphens=False, break_long_words=False)
-        console.print(Text(filled + "\n"), soft_wrap=True)
+        page.print(Text(filled + "\n"), soft_wrap=True)
     panels: dict[str, dict[str, str]] = {}
     for setting in settings:
         panels.setdefault(setting.panel, {})[setting.left] = setting.right
     for panel, entries in panels.items():
-        _entries(console, panel, entries.items())
+        _entries(page, panel, entries.items())
 
 
-def _entries(console: Console, title: str, entries: Iterable[tuple[str, str]]) -> None:
-    console.print(Text(title, style="bold"))
-    width = min(console.width, WIDEST)
+def _entries(page: Console, title: str, entries: Iterable[tuple[str, str]]) -> None:
+    page.print(Text(title, style="bold"))
+    width = min(page.width, WIDEST)
     for left, right in entries:
         lines = textwrap.wrap(right, max(width - LEFT, 20), break_on_hyphens=False) or [""]
         head = Text(f"  {left}", style="cyan")
         if len(head) > LEFT - 2:
-            console.print(head, soft_wrap=True)
+            page.print(head, soft_wrap=True)
         else:
-            console.print(head, Text(" " * (LEFT - len(head)) + lines.pop(0)), sep="", soft_wrap=True)
+            page.print(head, Text(" " * (LEFT - len(head)) + lines.pop(0)), sep="", soft_wrap=True)
         for line in lines:
-            console.print(Text(" " * LEFT + line), soft_wrap=True)
-    console.print()
+            page.print(Text(" " * LEFT + line), soft_wrap=True)
+    page.print()

@@ -1,19 +1,23 @@
 """What is on stderr while it trains: on a terminal a bar under the lines, elsewhere a line every few seconds."""
 
 import logging
+import os
 import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
+from lite.cli.console import console
+
 LINE_EVERY_S = 5.0  # where there is no bar
 GIB = 2**30
+STOPPING = "stopping at the end of this step; the same again stops at once"
 # What is said of a step, of those metrics that its loss has: key, form.
 FIGURES = (
     ("loss", "loss {:.4f}"),
@@ -76,6 +80,15 @@ class Shown:
     def samples(self, when: str, samples: Sequence[Any]) -> None:
         """Nothing: the page at the end shows those of before and after side by side."""
 
+    def stopping(self) -> None:
+        """Say that the signal was heard, for a step may take a minute."""
+        if self._bar and self._task is not None:
+            self._bar.update(self._task, figures=STOPPING)
+        else:
+            # Not by print: the signal may have come into the midst of one, which cannot be entered twice.
+            with suppress(OSError):
+                os.write(sys.stderr.fileno(), f"{STOPPING}\n".encode())
+
     def close(self) -> None:
         """Leave the bar as it stands."""
         if self._bar:
@@ -89,7 +102,7 @@ class Shown:
 @contextmanager
 def shown() -> Iterator[Shown]:
     """Progress on stderr while this is open, with lite's own log in it."""
-    progress = Shown(Console(stderr=True, highlight=False), bar=sys.stderr.isatty())
+    progress = Shown(console(stderr=True), bar=sys.stderr.isatty())
     handler = _Lines(progress)
     log = logging.getLogger("lite")
     level = log.level

@@ -5,10 +5,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lite.cli.console import console
 from lite.cli.progress import GIB, duration
 
 SHOWN_CHARACTERS = 400  # of a sample; samples.json has all of it
@@ -27,15 +27,15 @@ def as_json(result: Mapping[str, Any]) -> str:
 
 def page(result: Mapping[str, Any], samples: Sequence[Mapping[str, str]], following: Sequence[str]) -> None:
     """Print the result for people: `samples` are the rows of samples.json, `following` says what to do next."""
-    console = Console(highlight=False)
+    shown = console()
     peak = f"{result['peak_bytes'] / GIB:.2f} GiB at most"
-    console.print(Text(f"\n{result['run']}: {result['steps']} steps in {duration(result['seconds'])}, {peak}\n"))
+    shown.print(Text(f"\n{result['run']}: {result['steps']} steps in {duration(result['seconds'])}, {peak}\n"))
     if result["eval_after"]:
-        console.print(_figures(result["eval_before"] or {}, result["eval_after"]), "")
+        shown.print(_figures(result["eval_before"] or {}, result["eval_after"]), "")
     if samples:
-        console.print(_answers(samples), "")
+        shown.print(_answers(samples), "")
     for line in following:
-        console.print(Text(line), soft_wrap=True)
+        shown.print(Text(line), soft_wrap=True)
 
 
 def _figures(before: Mapping[str, float], after: Mapping[str, float]) -> Table:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable
@@ -63,11 +64,13 @@ def _follow(work: Callable[[Shown], "Run"], *, as_json: bool) -> int:
 def following(run: "Run") -> list[str]:
     """Where the adapter is, and what to do with it."""
     recipe = run.recipe
-    base = f"--model {recipe.model}" + (" --4bit" if recipe.load_in_4bit else " --8bit" if recipe.load_in_8bit else "")
+    base = f"--model {shlex.quote(recipe.model)}" + (
+        " --4bit" if recipe.load_in_4bit else " --8bit" if recipe.load_in_8bit else ""
+    )
     return [
         f"adapter   {run.adapter}",
         f'use it    peft.PeftModel.from_pretrained(model, "{run.adapter}")',
-        f"train on  lite {recipe.method} {base} --run {run.folder} --data MORE.jsonl",
+        f"train on  lite {shlex.quote(recipe.method)} {base} --run {shlex.quote(str(run.folder))} --data MORE.jsonl",
     ]
 
 

@@ -13,7 +13,10 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from lite.errors import RunError
+from lite.train import interrupt
 
 MANIFEST = "manifest.json"
 UNFINISHED = ".unfinished-"
@@ -28,11 +31,12 @@ def write(parent: Path, step: int, fill: Callable[[Path], None]) -> Path:
     final = parent / f"checkpoint-{step}"
     try:
         publish(final, lambda folder: (fill(folder), _write_manifest(folder)))
-    except OSError as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # A full disk is the first of these to Python, the second to torch.save, the third to safetensors.
         shutil.rmtree(parent / f"{UNFINISHED}{final.name}", ignore_errors=True)
         raise RunError(
             f"{final}: the checkpoint could not be written: {error}.\n"
-            f"Earlier checkpoints are whole. Make room, then `lite resume {parent.parent}`."
+            f"Earlier checkpoints are whole. Make room, then `{interrupt.command(parent.parent)}`."
         ) from error
     return final
 

@@ -1,13 +1,19 @@
 """Interrupt: Ctrl-C or SIGTERM once asks a run to stop at the end of its step; twice stops it at once."""
 
+import shlex
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def command(folder: Path) -> str:
+    """What goes on with a run that was stopped, as a shell takes it."""
+    return f"lite resume {shlex.quote(str(folder))}"
 
 
 class Interrupted(Exception):
@@ -16,14 +22,15 @@ class Interrupted(Exception):
     def __init__(self, folder: Path, step: int) -> None:
         self.folder = folder
         self.step = step
-        self.command = f"lite resume {folder}"
+        self.command = command(folder)
         super().__init__(f"Stopped after step {step}. To go on: {self.command}")
 
 
 @dataclass
 class Request:
-    """Whether a signal has asked the run to stop."""
+    """Whether a signal has asked the run to stop; `tell` is called at once, inside the signal's handler."""
 
+    tell: Callable[[], None] = lambda: None
     asked: bool = False
 
 
@@ -46,6 +53,7 @@ def listening(request: Request) -> Iterator[None]:
     def ask(_number: int, _frame: object) -> None:
         request.asked = True
         restore()
+        request.tell()
 
     for number in SIGNALS:
         signal.signal(number, ask)

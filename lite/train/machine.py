@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import lite
+from lite.errors import RunError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "liger-kernel", "triton")
@@ -31,6 +32,15 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
+
+
+def require_one_process() -> None:
+    """Raise RunError under a launcher of several processes: each would train the whole run, in the same folder."""
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise RunError(
+            f"WORLD_SIZE = {processes}: lite trains in one process, on one GPU. "
+            "Start it without torchrun or accelerate launch, or unset WORLD_SIZE."
+        )
 
 
 def peak_bytes(device: torch.device) -> int:

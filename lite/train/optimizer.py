@@ -7,12 +7,19 @@ from lite.errors import RecipeError
 from lite.recipe import Recipe
 
 
-def optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW over the trained parameters of `model`; matrices decay, vectors (norms, biases, magnitudes) do not.
+def require(recipe: Recipe, device: torch.device) -> None:
+    """Raise RecipeError if the recipe asks for paged states without CUDA."""
+    if recipe.optimizer == "paged-adamw-8bit" and device.type != "cuda":
+        raise RecipeError(
+            "optimizer = paged-adamw-8bit: pages move between a GPU and its host, and this run is on a CPU. "
+            "Use adamw-8bit or adamw."
+        )
 
-    Raises RecipeError if the recipe asks for paged states without CUDA.
-    """
+
+def optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """AdamW over the trained parameters of `model`; matrices decay, vectors (norms, biases, magnitudes) do not."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    require(recipe, trained[0].device)
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": recipe.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
@@ -30,9 +37,4 @@ def optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
     if recipe.optimizer == "adamw-8bit":
         return bitsandbytes.optim.AdamW8bit(groups, **settings)
-    if not trained[0].is_cuda:
-        raise RecipeError(
-            "optimizer = paged-adamw-8bit: pages move between a GPU and its host, and this run is on a CPU. "
-            "Use adamw-8bit or adamw."
-        )
     return bitsandbytes.optim.PagedAdamW8bit(groups, **settings)

@@ -30,6 +30,9 @@ class Progress(Protocol):
     def samples(self, when: str, samples: Sequence[Sample]) -> None:
         """Answers to held-out prompts, `before` or `after` training."""
 
+    def stopping(self) -> None:
+        """A signal has asked the run to stop at the end of its step. Called inside the handler: it must not wait."""
+
     def close(self) -> None:
         """The run is over, well or not."""
 
@@ -60,6 +63,9 @@ class Quiet:
     def samples(self, when: str, samples: Sequence[Sample]) -> None:
         """Log how many there are; the run's samples.json holds them."""
         log.info("%d samples %s training", len(samples), when)
+
+    def stopping(self) -> None:
+        """Nothing: a log may be held by the very line that the signal came into."""
 
     def close(self) -> None:
         """Nothing is open."""

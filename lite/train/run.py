@@ -23,11 +23,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from lite import recipe as recipes
 from lite.errors import RunError, raise_collected
 from lite.recipe import Recipe
 from lite.train import checkpoints, metrics
+from lite.train.interrupt import command
 
+RUNS = Path("runs")
 LOCK = ".lock"
 RECIPE = "recipe.yaml"
 IDENTITY = "identity.json"
@@ -58,16 +62,18 @@ class Run:
 
 
 def require_free(recipe: Recipe) -> None:
-    """Raise RunError if the recipe's `output_dir` cannot take a run: to be asked before any work."""
+    """Raise RunError if a run of the recipe cannot have its folder: to be asked before any work."""
+    folder = Path(recipe.output_dir or RUNS)
+    above = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not os.access(above, os.W_OK):
+        raise _unwritable(folder, f"{above} cannot be written to")
     if recipe.output_dir is None:
         return
-    folder = Path(recipe.output_dir)
     if folder.exists() and not folder.is_dir():
         raise RunError(f"output_dir = {folder}: a file is there. Expected a folder, or nothing.")
     if (folder / RECIPE).exists():
         raise RunError(
-            f"output_dir = {folder}: holds a run already. Go on with it by `lite resume {folder}`, "
-            "or name another folder."
+            f"output_dir = {folder}: holds a run already. Go on with it by `{command(folder)}`, or name another folder."
         )
 
 
@@ -76,7 +82,7 @@ def new_folder(recipe: Recipe) -> Path:
     if recipe.output_dir is not None:
         return _made(Path(recipe.output_dir), exist_ok=True)
     method, model = recipe.method.rpartition(":")[2], Path(recipe.model).name
-    first = Path("runs") / re.sub(r"[^\w.-]+", "-", f"{method}-{model}-{time.strftime('%Y%m%d-%H%M%S')}")
+    first = RUNS / re.sub(r"[^\w.-]+", "-", f"{method}-{model}-{time.strftime('%Y%m%d-%H%M%S')}")
     folder = first
     for number in itertools.count(2):
         try:
@@ -93,12 +99,33 @@ def alone(folder: Path) -> Iterator[None]:
         return
     import fcntl
 
-    with (folder / LOCK).open("w") as file:
+    try:
+        file = (folder / LOCK).open("w")
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be written to: {error.strerror}. Check its permissions.") from None
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunError(f"{folder}: another process is training there. Wait for it, or stop it.") from None
         yield
+
+
+@contextmanager
+def going_on(folder: Path) -> Iterator[None]:
+    """While the run is under way: whatever the system or a signal ends it with also says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not (folder / RECIPE).exists():
+            raise
+        raise KeyboardInterrupt(f"To go on from the last checkpoint: {command(folder)}") from None
+    except (OSError, SafetensorError) as error:
+        begun = (folder / RECIPE).exists()
+        then = f"`{command(folder)}`: its checkpoints are whole" if begun else "start again: no step was taken"
+        raise RunError(
+            f"{folder}: the run stopped: {error}.\nMend that (make room, if a disk is full) and {then}."
+        ) from error
 
 
 def create(
@@ -153,6 +180,8 @@ def require_same(folder: Path, identity: Mapping[str, Any], *, but: str = "") ->
     if before["data"] != now.get("data", before["data"]):
         source = now["recipe"]["data"]
         changed.append(f"data: the rows of {source} (or its held-out rows) are not those that it began with")
+    if before.get("loss") != now.get("loss", before.get("loss")):
+        changed.append(f"method: the file of {now['recipe']['method']} is not as it was")
     changed += [f"model: {what}" for what in _changes(before["model"], now.get("model"))]
     advice = "Put it back as it was; `--max-steps` alone may be raised, by name. Or start a new run with --recipe."
     raise_collected(RunError, f"{folder} cannot go on, for this has changed since it started:", changed, advice)
@@ -215,10 +244,12 @@ def _made(folder: Path, *, exist_ok: bool) -> Path:
     except FileExistsError:
         raise
     except OSError as error:
-        raise RunError(
-            f"{folder}: no run can be written there: {error.strerror}. Choose another --output-dir."
-        ) from None
+        raise _unwritable(folder, str(error.strerror)) from None
     return folder
+
+
+def _unwritable(folder: Path, why: str) -> RunError:
+    return RunError(f"{folder}: no run can be written there: {why}. Choose another --output-dir.")
 
 
 def _put(unfinished: Path, final: Path) -> None:

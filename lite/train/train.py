@@ -5,6 +5,7 @@ by then, so that a run that was killed and resumed leaves what an undisturbed on
 """
 
 import functools
+import hashlib
 import logging
 import math
 import time
@@ -16,6 +17,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from lite import signatures
 from lite.data.packs import Batch, Layout, plan_batches
 from lite.data.prepare import Prepared, prepare
 from lite.data.template import AUTO, NONE
@@ -29,7 +31,7 @@ from lite.model import adapters, load
 from lite.model.attention import install
 from lite.model.head import unwrapped
 from lite.recipe import Recipe
-from lite.train import checkpoints, interrupt, machine, metrics, run, samples, trackers
+from lite.train import checkpoints, interrupt, machine, metrics, optimizer, run, samples, trackers
 from lite.train.progress import Progress, Quiet
 from lite.train.run import Run
 from lite.train.trainer import Batches, Trainer, state
@@ -73,6 +75,7 @@ class Work:
             "recipe": self.recipe.resolved(),
             "steps": len(self.batches),
             "data": self.data.digest,
+            "loss": _loss_identity(self.recipe),
             "model": _model_identity(self.recipe, self.model),
         }
 
@@ -89,7 +92,8 @@ def train(recipe: Recipe, progress: Progress | None = None) -> Run:
         recipe = adapters.settle(recipe)
         work = _set_up(recipe, *_read(recipe, progress), progress)
         folder = run.new_folder(recipe)
-        with run.alone(folder):
+        with run.alone(folder), run.going_on(folder):
+            run.require_free(recipe)  # another process may have trained there while this one loaded
             _write_start(work, folder)
             progress.note(f"run: {folder}")
             return _carry_out(work, folder, None, started)
@@ -119,11 +123,12 @@ def resume(folder: str | Path, max_steps: int | None = None, progress: Progress 
             raise RunError(
                 f"--max-steps {max_steps}: {folder} has {planned} planned, which may be raised, not lowered."
             )
-        with run.alone(folder):
+        with run.alone(folder), run.going_on(folder):
             longer = recipe if max_steps is None else recipe.model_copy(update={"max_steps": max_steps})
             tokenizer, data = _read(longer, progress)
             but = "max_steps" if max_steps is not None else ""
-            run.require_same(folder, {"recipe": longer.resolved(), "data": data.digest}, but=but)
+            now = {"recipe": longer.resolved(), "data": data.digest, "loss": _loss_identity(longer)}
+            run.require_same(folder, now, but=but)
             start_adapter = folder / run.START_ADAPTER
             kept = start_adapter if start_adapter.is_dir() else None
             work = _set_up(longer, tokenizer, data, progress, start_adapter=kept)
@@ -138,8 +143,10 @@ def resume(folder: str | Path, max_steps: int | None = None, progress: Progress 
 
 def _read(recipe: Recipe, progress: Progress) -> tuple[PreTrainedTokenizerBase, Prepared]:
     """The data, as token ids; nothing heavy yet."""
+    machine.require_one_process()
     trackers.require(recipe)
-    progress.stage("reading the data")
+    optimizer.require(recipe, load.device(recipe))
+    progress.stage("reading the data" + (" from stdin" if "-" in (recipe.data, recipe.eval_data) else ""))
     tokenizer = load.load_tokenizer(recipe)
     data = prepare(recipe, tokenizer)
     for line in data.ledger.lines():
@@ -187,7 +194,8 @@ def _write_start(work: Work, folder: Path) -> None:
 def _carry_out(work: Work, folder: Path, checkpoint: Path | None, started: float) -> Run:
     """The steps from `checkpoint` on, with a look at the held-out rows before and after; the result in the folder."""
     recipe, progress, batches = work.recipe, work.progress, work.batches
-    request = interrupt.Request()
+    request = interrupt.Request(progress.stopping)
+    done = checkpoints.step_of(checkpoint) if checkpoint else 0
     trainer = Trainer(
         work.model,
         recipe,
@@ -202,7 +210,8 @@ def _carry_out(work: Work, folder: Path, checkpoint: Path | None, started: float
     if checkpoint is None:
         _look(trainer, work, folder, "before")
     with interrupt.listening(request):
-        progress.steps(len(batches), 0 if checkpoint is None else checkpoints.step_of(checkpoint))
+        if done < len(batches):
+            progress.steps(len(batches), done)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if request.asked:
         raise interrupt.Interrupted(folder, trainer.state.global_step)
@@ -258,6 +267,12 @@ def _save_adapter(work: Work, folder: Path) -> None:
     settings = unwrapped(work.model).generation_config.to_dict() | {"eos_token_id": list(work.data.stop_ids)}
     settings.pop("_from_model_config", None)  # or a loader would take the model's own stop tokens over these
     GenerationConfig.from_dict(settings).save_pretrained(str(folder))
+
+
+def _loss_identity(recipe: Recipe) -> str | None:
+    """A digest of the file of a loss of the user's own; None for lite's, of which the environment tells the version."""
+    path = recipe.signature.path
+    return None if path == signatures.LOSSES else hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
 
 
 def _model_identity(recipe: Recipe, model: PeftModel) -> dict[str, Any]:

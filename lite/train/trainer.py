@@ -86,9 +86,6 @@ def arguments(recipe: Recipe, folder: Path, steps: int, *, device: torch.device,
 class Trainer(transformers.Trainer):
     """Trains a model on the batches of a run. Raises RunError at a loss or gradient that is not finite."""
 
-    # The step's loss is final; without this Trainer infers from the model's signature whether to divide it again.
-    loss_is_scaled_for_ga = True
-
     def __init__(
         self,
         model: PeftModel,
@@ -259,6 +256,8 @@ class _Watch(TrainerCallback):
         }
         metrics.append(trainer.folder / metrics.SPEED, {"step": state.global_step, **speed})
         trainer.progress.step(state.global_step, {**trainer.latest, **speed})
+        if state.global_step == state.max_steps:
+            control.should_log = True  # or the steps since the last line would be in none
         if self.request.asked:
             control.should_save = control.should_training_stop = True
         return control

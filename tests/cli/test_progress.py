@@ -2,11 +2,13 @@
 
 import io
 import logging
+import os
 import time
 
 import pytest
 from rich.console import Console
 
+from lite.cli.console import console
 from lite.cli.progress import Shown, duration, figures, shown
 
 STEP = {"loss": 0.5, "rewards/margins": 0.1, "rewards/accuracies": 0.75, "seconds": 2.0, "tokens_per_second": 1234.0}
@@ -43,6 +45,31 @@ def test_a_bar_on_a_terminal() -> None:
     assert "3/3" in text
     assert "loss 0.5000  margin 0.100  accuracy 75%  1,234 tokens/s  1.00 GiB" in text
     assert text.rindex("held-out, after") > text.rindex("3/3")
+
+
+def test_a_signal_is_answered_at_once(capfd: pytest.CaptureFixture[str]) -> None:
+    """Before the step ends: on a terminal in the bar's line, elsewhere as a line."""
+    progress = Shown(Console(file=io.StringIO()), bar=False)
+    progress.steps(3, 0)
+    progress.stopping()
+    assert capfd.readouterr().err == "stopping at the end of this step; the same again stops at once\n"
+    stream = io.StringIO()
+    progress = Shown(Console(file=stream, force_terminal=True, width=80, color_system=None), bar=True)
+    progress.steps(3, 0)
+    progress.stopping()
+    progress.close()
+    assert "stopping at the end of this step" in stream.getvalue()
+
+
+def test_a_run_outlives_who_watches_it() -> None:
+    """`lite orpo 2>&1 | head -1`: rich would end the process."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    watched = console()
+    watched.file = os.fdopen(writer, "w")
+    watched.print("nobody reads this")
+    watched.print("nor this")
+    watched.file.close()
 
 
 def test_a_loss_without_rewards_has_no_such_figures() -> None:

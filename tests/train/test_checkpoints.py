@@ -1,9 +1,13 @@
 """Checkpoints are whole or not there; what a disk breaks afterwards is seen and passed over."""
 
 import os
+import resource
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from lite.errors import RunError
 from lite.train import checkpoints
@@ -55,13 +59,29 @@ def test_none_is_whole(three: Path) -> None:
     assert len(words) == 3
 
 
-def test_what_cannot_be_written_leaves_the_others(three: Path) -> None:
-    def full(folder: Path) -> None:
-        (folder / "weights").write_bytes(b"w")
-        raise OSError(28, "No space left on device")
+@pytest.fixture
+def no_room(tmp_path: Path) -> Iterator[None]:
+    """No file may have more than 100 KB: to a program that is a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-    with pytest.raises(RunError, match=r"checkpoint-101: the checkpoint could not be written.*No space left"):
-        checkpoints.write(three, 101, full)
+
+@pytest.mark.usefixtures("no_room")
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: path.write_bytes(b"w" * 200_000),
+        lambda path: torch.save(torch.ones(50_000), str(path)),
+        lambda path: save_file({"ones": torch.ones(50_000)}, path),
+    ],
+    ids=["python", "torch", "safetensors"],
+)
+def test_a_full_disk_leaves_the_others(three: Path, write: Callable) -> None:
+    """Each library that writes into a checkpoint has an error of its own for it."""
+    with pytest.raises(RunError, match=r"checkpoint-101: the checkpoint could not be written.*\n.*`lite resume "):
+        checkpoints.write(three, 101, lambda folder: write(folder / "weights"))
     assert sorted(path.name for path in three.iterdir()) == ["checkpoint-10", "checkpoint-100", "checkpoint-9"]
     assert checkpoints.newest(three, pytest.fail) == three / "checkpoint-100"
 

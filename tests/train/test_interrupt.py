@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -11,10 +12,12 @@ from lite.train import interrupt
 
 def test_once_asks_and_twice_stops_now() -> None:
     usual = signal.getsignal(signal.SIGINT)
-    request = interrupt.Request()
+    heard: list[str] = []
+    request = interrupt.Request(lambda: heard.append("once"))
     with interrupt.listening(request):
         os.kill(os.getpid(), signal.SIGINT)
         assert request.asked
+        assert heard == ["once"]
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is usual
@@ -33,6 +36,11 @@ def test_sigterm_asks_too_and_handlers_come_back() -> None:
         pass
     assert not request.asked
     assert [signal.getsignal(number) for number in interrupt.SIGNALS] == usual
+
+
+def test_the_command_is_one_that_a_shell_takes() -> None:
+    stopped = interrupt.Interrupted(Path("my runs/1"), 3)
+    assert str(stopped) == "Stopped after step 3. To go on: lite resume 'my runs/1'"
 
 
 def test_another_thread_installs_nothing() -> None:

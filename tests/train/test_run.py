@@ -49,6 +49,32 @@ def test_an_empty_folder_is_free_and_a_file_is_not(tmp_path: Path) -> None:
         run.new_folder(Recipe(output_dir=str(tmp_path / "file" / "below")))
 
 
+def test_a_folder_that_cannot_be_written_to_is_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which of them exist is the system's affair; that nobody may write is said by a system that is asked."""
+    monkeypatch.setattr(run.os, "access", lambda path, mode: path != tmp_path)
+    for name in (tmp_path, tmp_path / "new" / "run"):
+        with pytest.raises(RunError, match=f"no run can be written there: {tmp_path} cannot be written to"):
+            run.require_free(Recipe(output_dir=str(name)))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RunError, match="runs: no run can be written there"):
+        run.require_free(Recipe())
+
+
+def test_what_ends_a_run_says_how_to_go_on(folder: Path, tmp_path: Path) -> None:
+    spaced = folder.rename(tmp_path / "my run")
+    with pytest.raises(RunError, match=r"the run stopped: .*No space left") as caught, run.going_on(spaced):
+        raise OSError(28, "No space left on device")
+    assert f"`lite resume '{spaced}'`: its checkpoints are whole" in str(caught.value)
+    with (
+        pytest.raises(KeyboardInterrupt, match=f"from the last checkpoint: lite resume '{spaced}'"),
+        run.going_on(spaced),
+    ):
+        raise KeyboardInterrupt
+    (spaced / "recipe.yaml").unlink()
+    with pytest.raises(RunError, match="start again: no step was taken"), run.going_on(spaced):
+        raise OSError(28, "No space left on device")
+
+
 def test_two_processes_do_not_train_in_one_folder(folder: Path) -> None:
     with run.alone(folder), pytest.raises(RunError, match="another process is training there"), run.alone(folder):
         pytest.fail("both have it")

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,6 +46,9 @@ class Listener:
 
     def samples(self, when: str, samples: list) -> None:
         self.notes.append(f"{len(samples)} samples {when}")
+
+    def stopping(self) -> None:
+        self.notes.append("stopping")
 
     def close(self) -> None:
         self.closed = True
@@ -193,11 +197,64 @@ def test_weights_that_the_last_update_broke_are_not_saved(recipe: Callable) -> N
     assert not (Path(asked.output_dir) / "adapter").exists()
 
 
+def test_a_loss_of_ones_own_that_changed_is_refused(recipe: Callable, tmp_path: Path) -> None:
+    """Its defaults are as they were, so the recipe alone does not tell."""
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from lite.loss.registry import Scored, loss\n\n\n@loss\ndef mine(chosen, rejected):\n"
+        '    """Mine."""\n    return Scored(rejected.mean - chosen.mean, {})\n',
+        encoding="utf-8",
+    )
+    run = train(recipe(method=f"{file}:mine", max_steps=1))
+    (run.folder / "result.json").unlink()
+    file.write_text(
+        file.read_text(encoding="utf-8").replace("rejected.mean -", "2 * rejected.mean -"), encoding="utf-8"
+    )
+    with pytest.raises(RunError, match=rf"method: the file of {file}:mine is not as it was"):
+        resume(run.folder)
+
+
+def test_the_last_steps_are_in_a_line(recipe: Callable) -> None:
+    """Ten steps, a line every four: the tenth ends the last line."""
+    run = train(recipe(logging_steps=4))
+    assert [line["step"] for line in run.metrics if "loss" in line] == [4, 8, 10]
+
+
+def test_a_run_that_had_all_its_steps_takes_none(recipe: Callable) -> None:
+    run = train(recipe())
+    (run.folder / "result.json").unlink()
+    listener = Listener()
+    assert resume(run.folder, progress=listener).result["steps"] == 10
+    assert (listener.began, listener.done) == (None, [])
+
+
+def test_another_run_in_the_same_folder_meanwhile(recipe: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both found the folder free; the other was done before this one had loaded its model."""
+    story = sys.modules["lite.train.train"]  # the name in its package is that of the function
+    wait = story._set_up
+
+    def other_first(*given: object, **named: object) -> object:
+        monkeypatch.setattr(story, "_set_up", wait)
+        train(recipe(max_steps=1))
+        return wait(*given, **named)
+
+    monkeypatch.setattr(story, "_set_up", other_first)
+    with pytest.raises(RunError, match="holds a run already"):
+        train(recipe(max_steps=2))
+
+
+def test_several_processes_are_refused(recipe: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RunError, match="WORLD_SIZE = 2: lite trains in one process"):
+        train(recipe())
+
+
 def test_a_mistake_leaves_no_folder(recipe: Callable, tiny: Path, tmp_path: Path) -> None:
     for error, changes in (
         (DataError, {"data": str(tmp_path / "not-there.jsonl")}),
         (ModelError, {"lora_target_modules": "q_prok"}),
         (RecipeError, {"report_to": "no-such-tracker"}),
+        (RecipeError, {"optimizer": "paged-adamw-8bit", "device": "cpu"}),
     ):
         listener = Listener()
         with pytest.raises(error):

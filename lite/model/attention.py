@@ -5,6 +5,7 @@ function as a keyword of the backbone's forward; no mask function is registered,
 Which queries see which keys is `branches.py`; here are the kernels that compute it, and the choice among them.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -81,15 +82,16 @@ def branch_attention(
 
 def _choose(implementation: Implementation, query: Tensor, softcap: float | None) -> Callable[..., Tensor]:
     """The kernel for this call. `auto` takes the fastest that honours it; one named by the user must."""
-    half = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] <= 256
+    width = query.shape[-1]
+    half = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and width <= 256 and width % 8 == 0
     if implementation == "auto":
         implementation = ("varlen" if half else "sdpa") if softcap is None else "eager"
         if half and softcap is not None and _flash_attn() is not None:
             implementation = "flash"
     if implementation in ("varlen", "flash") and not half:
         raise ModelError(
-            f"attn_implementation = {implementation}: needs CUDA, bfloat16 and heads of up to 256, but got "
-            f"{query.dtype} on {query.device} with heads of {query.shape[-1]}. Use auto, sdpa or eager."
+            f"attn_implementation = {implementation}: needs CUDA, bfloat16 and heads of a multiple of 8 up to 256, but "
+            f"got {query.dtype} on {query.device} with heads of {width}. Use auto, sdpa or eager."
         )
     if softcap is not None and implementation in ("varlen", "sdpa"):
         raise ModelError(
@@ -168,19 +170,12 @@ def _varlen(
     if gather is not None:
         k, v = k[gather], v[gather]
     window_size = (-1 if window is None else window - 1, 0)
-    grouped = q.shape[1] != k.shape[1]
+    # torch 2.11 takes grouped heads as they come; later versions have to be told.
+    grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     return varlen_attn(
-        q,
-        k,
-        v,
-        cumulative_q,
-        cumulative_k,
-        longest_q,
-        longest_k,
-        scale=scaling,
-        window_size=window_size,
-        enable_gqa=grouped,
-    )[None]
+        q, k, v, cumulative_q, cumulative_k, longest_q, longest_k,
+        scale=scaling, window_size=window_size, **grouped,
+    )[None]  # fmt: skip
 
 
 def _flash(

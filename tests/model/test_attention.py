@@ -1,12 +1,14 @@
 """Branch attention: the table by hand, every backend against the plain twin, and every refusal."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
 
 from lite.data.packs import Branch
 from lite.errors import ModelError
-from lite.model.attention import branch_attention, install, plain_attention
+from lite.model.attention import _varlen, branch_attention, install, plain_attention
 from lite.model.branches import BranchTable, Segment, segments
 
 PAIR = (Branch(0, 3, -1), Branch(3, 5, 0), Branch(5, 8, 0))
@@ -122,6 +124,38 @@ def test_plain_attention_gives_the_model_back_as_it_was(tiny_model):
         assert model.config._attn_implementation == "eager"  # transformers' SDPA leaves out Gemma 2's cap
     with pytest.raises(ModelError):
         model(input_ids=ids)
+
+
+def documented_varlen(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+    """torch 2.11's varlen_attn in plain operations: masks end at the last key, and a left window of W keeps W + 1."""
+    outputs = []
+    for (a, b), (c, d) in zip(cu_seq_q.unfold(0, 2, 1).tolist(), cu_seq_k.unfold(0, 2, 1).tolist(), strict=True):
+        assert b - a <= max_q
+        assert d - c <= max_k
+        keys, values = (t[c:d].repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+        behind = torch.arange(d - c - (b - a), d - c)[:, None] - torch.arange(d - c)
+        hidden = (behind < 0) | ((behind > window_size[0]) & (window_size[0] >= 0))
+        scores = torch.einsum("qhw,khw->hqk", q[a:b], keys) * scale
+        weights = torch.softmax(scores.masked_fill(hidden, float("-inf")), -1)
+        outputs.append(torch.einsum("hqk,khw->qhw", weights, values))
+    assert window_size[1] == 0
+    return torch.cat(outputs)
+
+
+def told_of_groups(*inputs, enable_gqa=False, **settings):
+    """As torch 2.13 has it: grouped heads must be announced."""
+    assert enable_gqa
+    return documented_varlen(*inputs, **settings)
+
+
+@pytest.mark.parametrize("kernel", [documented_varlen, told_of_groups])
+@pytest.mark.parametrize("window", [None, 1, 3, 7, 100])
+def test_varlen_is_called_as_torch_documents_it(monkeypatch, kernel: Callable, window: int | None):
+    """The call of the CUDA kernel, in every supported version's signature, on a CPU."""
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
+    inputs = draw()
+    ours = _varlen(*inputs, BranchTable.of(FOREST, "varlen", torch.device("cpu")), 0.3, window, None)
+    assert torch.allclose(ours, plain_twin(*inputs, FOREST, window=window), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.gpu

@@ -109,7 +109,9 @@ class Recipe(BaseModel):
     adam_beta1: float = setting(0.9, "Decay of the first moment.", panel="Training", ge=0, lt=1)
     adam_beta2: float = setting(0.999, "Decay of the second moment.", panel="Training", ge=0, lt=1)
     adam_epsilon: float = setting(1e-8, "Added to the root of the second moment.", panel="Training", gt=0)
-    seed: int = setting(42, "Of the order of the rows, the adapter's start and dropout.", panel="Training", ge=0)
+    seed: int = setting(
+        42, "Of the order of the rows, the adapter's start and dropout.", panel="Training", ge=0, lt=2**32
+    )
 
     gradient_checkpointing: bool = setting(
         True, "Keep each layer's input only and compute the layer again in backward.", panel="Memory"

@@ -38,6 +38,7 @@ def test_numbers_in_yaml_are_numbers(text: str, value: float, tmp_path: Path) ->
         ("lora_r: 16.0", "lora_r = 16.0: expected a whole number, at least 1."),
         ("lora_r: true", "lora_r = True: expected a whole number, at least 1."),
         ("lora_dropout: 1", "lora_dropout = 1: expected a number, at least 0, below 1."),
+        ("seed: 4294967296", "seed = 4294967296: expected a whole number, at least 0, below 4294967296."),
         ("learning_rate: 0", "learning_rate = 0: expected a number, above 0."),
         ("learning_rate: .nan", "learning_rate = nan: expected a number, above 0."),
         ("dtype: fp16", "dtype = 'fp16': expected one of auto, bfloat16, float32."),

@@ -6,6 +6,11 @@ from pathlib import Path
 from lite.data.packs import Batch
 from lite.errors import SHOWN_PROBLEMS, RunError
 
+LOWER = (
+    "Lower --tokens-per-pack or --chunk-tokens, set --split-pairs for pairs that are longer than a pack, lower "
+    "--max-length, or quantise the base (--4bit)."
+)
+
 
 def not_finite(what: str, value: float, step: int, batch: Batch, kept: Sequence[Path]) -> RunError:
     """`what` of a step is NaN or infinite; `kept` are the checkpoints, none of which has seen it."""
@@ -24,6 +29,10 @@ def out_of_memory(step: int, batch: Batch, error: Exception) -> RunError:
     largest = max(pack.tokens for pack in batch.packs)
     return RunError(
         f"Step {step}: out of GPU memory, with {largest:,} tokens in the largest pack. {str(error).splitlines()[0]}\n"
-        "Lower --tokens-per-pack or --chunk-tokens, set --split-pairs for pairs that are longer than a pack, lower "
-        "--max-length, or quantise the base (--4bit)."
+        f"{LOWER}"
     )
+
+
+def no_room(error: Exception) -> RunError:
+    """The GPU has no room for what comes before, between and after the steps."""
+    return RunError(f"Out of GPU memory. {str(error).splitlines()[0]}\n{LOWER}")

@@ -9,11 +9,13 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
@@ -31,7 +33,7 @@ from lite.model import adapters, load
 from lite.model.attention import install
 from lite.model.head import unwrapped
 from lite.recipe import Recipe
-from lite.train import checkpoints, interrupt, machine, metrics, optimizer, run, samples, trackers
+from lite.train import checkpoints, failures, interrupt, machine, metrics, optimizer, run, samples, trackers
 from lite.train.progress import Progress, Quiet
 from lite.train.run import Run
 from lite.train.trainer import Batches, Trainer, state
@@ -86,7 +88,7 @@ def train(recipe: Recipe, progress: Progress | None = None) -> Run:
     Raises a LiteError for what the user can mend, and Interrupted, after a checkpoint, when asked by a signal to stop.
     """
     progress = progress or Quiet()
-    try:
+    with _told(progress):
         started = time.perf_counter()
         run.require_free(recipe)
         recipe = adapters.settle(recipe)
@@ -97,8 +99,6 @@ def train(recipe: Recipe, progress: Progress | None = None) -> Run:
             _write_start(work, folder)
             progress.note(f"run: {folder}")
             return _carry_out(work, folder, None, started)
-    finally:
-        progress.close()
 
 
 def resume(folder: str | Path, max_steps: int | None = None, progress: Progress | None = None) -> Run:
@@ -110,7 +110,7 @@ def resume(folder: str | Path, max_steps: int | None = None, progress: Progress 
     returned as it is.
     """
     progress = progress or Quiet()
-    try:
+    with _told(progress):
         started = time.perf_counter()
         folder = Path(folder)
         recipe = run.opened(folder)
@@ -137,6 +137,15 @@ def resume(folder: str | Path, max_steps: int | None = None, progress: Progress 
                 run.extend(folder, longer, work.identity())
             run.note_environment(folder, machine.environment(work.model.device), progress.note)
             return _carry_out(work, folder, _go_back(folder, progress), started)
+
+
+@contextmanager
+def _told(progress: Progress) -> Iterator[None]:
+    """Close progress however it ends, and say what to lower where the GPU has no room."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise failures.no_room(error) from error
     finally:
         progress.close()
 

@@ -122,7 +122,7 @@ def test_wrong_values_of_a_file_are_named_with_it(tmp_path: Path, capsys: pytest
     message = refused(["orpo", "--recipe", str(file), "--seed", "-2"], capsys)
     assert f"{file}: lora_rank: no such setting of orpo. lite calls it lora_r" in message
     assert f"{file}: lora_r = 0: expected" in message
-    assert "--seed = -2: expected a whole number, at least 0." in message
+    assert "--seed = -2: expected a whole number, at least 0, below 4294967296." in message
 
 
 def test_a_recipe_of_another_method(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

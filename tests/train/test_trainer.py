@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 
 from lite.engine import score
 from lite.errors import RunError
-from lite.train import checkpoints, interrupt, metrics
+from lite.train import checkpoints, interrupt, metrics, train
 from lite.train.progress import Quiet
 from lite.train.train import _read, _set_up
 from lite.train.trainer import Trainer, arguments
@@ -186,6 +186,15 @@ def test_no_room_on_the_gpu_says_what_to_lower(trainer: Callable, monkeypatch: p
     with pytest.raises(RunError, match=r"Step 1: out of GPU memory, with \d+ tokens .* Tried to allocate") as caught:
         made.train()
     assert "--tokens-per-pack" in str(caught.value)
+
+
+def test_no_room_before_the_first_step_says_so_too(recipe: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has …")
+
+    monkeypatch.setattr(score, "measure", full)
+    with pytest.raises(RunError, match=r"Out of GPU memory. CUDA out of .*GiB\.\nLower --tokens-per-pack"):
+        train(recipe())
 
 
 def test_each_evaluation_is_one_line(trainer: Callable) -> None:

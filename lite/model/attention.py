@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
 from lite.errors import ModelError
 from lite.model.attention_cpu import branch_sdpa
@@ -26,8 +26,9 @@ HARMLESS = {"is_causal", "position_ids", "cache_position", "use_cache", "output_
 
 def install(model: nn.Module, *, padded: bool = False) -> None:
     """Let `model` run on packs: its backbone's forward then takes `branch_table=`; or on padded batches with a mask."""
+    supported = all(part._supports_sdpa for part in model.modules() if isinstance(part, PreTrainedModel))
     for config in _configs(model):
-        config._attn_implementation = _plain(config) if padded else NAME
+        config._attn_implementation = _plain(config, supported) if padded else NAME
 
 
 @contextmanager
@@ -50,9 +51,10 @@ def _configs(model: nn.Module) -> list[Any]:
     return list(configs.values())
 
 
-def _plain(config: Any) -> str:
-    # transformers' SDPA leaves out a cap on the scores; only its eager attention has it.
-    return "eager" if config.to_dict().get("attn_logit_softcapping") else "sdpa"
+def _plain(config: Any, supported: bool) -> str:
+    # transformers' SDPA leaves out caps and sinks without a word, and builds no causal mask for a model that is to
+    # use its own attention: only eager attention has them all.
+    return "eager" if config.to_dict().get("attn_logit_softcapping") or not supported else "sdpa"
 
 
 def branch_attention(

@@ -43,6 +43,15 @@ def test_a_layer_that_mixes_neighbours_makes_it_fall_back_to_padded(tiny_model, 
     assert model.config._attn_implementation == "sdpa"
 
 
+def test_a_model_that_differs_from_itself_by_more_than_rounding_is_refused(tiny_model, token_examples):
+    """A layer that sees the whole row, its padding too: what packs do to it must not pass for rounding."""
+    model = tiny_model("llama")
+    norm = model.model.layers[1].post_attention_layernorm
+    norm.register_forward_hook(lambda module, args, hidden: hidden + 0.3 * hidden.mean(1, keepdim=True))
+    with pytest.raises(ModelError, match="differ from the model's own"):
+        selfcheck.choose_layout(model, token_examples(), LAYOUT, Path())
+
+
 def test_attention_in_chunks_makes_it_fall_back_to_padded(tiny_model, token_examples, monkeypatch):
     """Llama 4 tells its chunks to the mask alone, which packs do not have."""
     changes = {"attention_chunk_size": 16, "head_dim": 16, "intermediate_size_mlp": 96, "num_local_experts": 2}

@@ -10,6 +10,7 @@ from lite.data.packs import Branch
 from lite.errors import ModelError
 from lite.model.attention import _varlen, branch_attention, install, plain_attention
 from lite.model.branches import BranchTable, Segment, segments
+from tests.architectures import ARCHITECTURES, VOCABULARY
 
 PAIR = (Branch(0, 3, -1), Branch(3, 5, 0), Branch(5, 8, 0))
 # two roots; a branch of a branch; four leaves of one root, one of them empty-handed of siblings' tokens
@@ -156,6 +157,24 @@ def test_varlen_is_called_as_torch_documents_it(monkeypatch, kernel: Callable, w
     inputs = draw()
     ours = _varlen(*inputs, BranchTable.of(FOREST, "varlen", torch.device("cpu")), 0.3, window, None)
     assert torch.allclose(ours, plain_twin(*inputs, FOREST, window=window), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [
+        ("GptOssConfig", {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 16}),
+        ("BloomConfig", {"n_head": 4, "n_layer": 2}),
+    ],
+)
+def test_plain_attention_is_one_that_the_model_supports(tiny_model, monkeypatch, architecture: str, changes: dict):
+    """SDPA would drop GPT-OSS's sinks; for BLOOM no causal mask would be made, and tokens would see the future."""
+    monkeypatch.setitem(ARCHITECTURES, "other", (architecture, changes))
+    model = tiny_model("other")
+    ids = torch.randint(3, VOCABULARY, (1, 12))
+    with torch.no_grad():
+        own = model(input_ids=ids, use_cache=False).logits
+        with plain_attention(model):
+            assert torch.equal(model(input_ids=ids, use_cache=False).logits, own)
 
 
 @pytest.mark.gpu

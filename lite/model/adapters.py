@@ -48,6 +48,10 @@ def attach(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
         torch.manual_seed(recipe.seed)
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, about names that peft uses
         adapted = get_peft_model(model, config)
+    # peft copies whole modules (modules_to_save) in the base's dtype. bf16 loses most of an update of 1e-5.
+    rounded = [f"{name}: {p.dtype}" for name, p in adapted.named_parameters() if p.requires_grad and p.itemsize < 4]
+    advice = "Train with --dtype float32, or go on from an adapter without modules_to_save."
+    raise_collected(ModelError, f"{folder}: weights that cannot be trained in so few bits:", rounded, advice)
     lora.replace_forward(adapted)
     if folder is not None:
         load(adapted, folder)

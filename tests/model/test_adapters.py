@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -211,6 +211,15 @@ def test_an_adapter_of_another_model_is_refused_before_the_model_is_touched(save
     assert "model.layers.0.mlp.up_proj: lora_A is (4, 128), but the layer has 64 in" in message
     assert "model.layers.1.mlp.up_proj: the model has no such layer" in message
     assert not any("lora_" in name for name, _ in other.named_parameters())
+
+
+def test_whole_modules_are_trained_in_fp32_only(model_folder: Folder, tmp_path: Path):
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    adapters.save(get_peft_model(tiny_model("qwen3"), config), tmp_path)
+    base = {"model": str(model_folder("qwen3")), "adapter": str(tmp_path)}
+    assert attached(Recipe(**base, dtype="float32")).get_output_embeddings().weight.requires_grad
+    with pytest.raises(ModelError, match=r"lm_head.*bfloat16\nTrain with --dtype float32"):
+        attached(Recipe(**base, dtype="bfloat16"))
 
 
 def test_another_base_of_the_same_shape_is_warned_of(saved: Path, caplog: pytest.LogCaptureFixture):

@@ -36,9 +36,3 @@ class Logps:
         """Completions whose tokens are equally likely: for derivations by hand. total (B,), length (B,) int64."""
         offsets = torch.cat([length.new_zeros(1), length.cumsum(0)])
         return cls((total / length).repeat_interleave(length), offsets)
-
-
-def concatenate(parts: list[Logps]) -> Logps:
-    """One record of all completions of `parts`, in order."""
-    lengths = torch.cat([part.length for part in parts])
-    return Logps(torch.cat([p.tokens for p in parts]), torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]))

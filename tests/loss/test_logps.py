@@ -1,6 +1,6 @@
 import torch
 
-from lite.loss.logps import Logps, concatenate
+from lite.loss.logps import Logps
 
 
 def test_totals_lengths_and_means_by_hand():
@@ -22,9 +22,3 @@ def test_from_totals_gives_back_totals_and_lengths():
     logps = Logps.from_totals(total, length)
     assert torch.allclose(logps.total, total)
     assert torch.equal(logps.length, length)
-
-
-def test_concatenate_keeps_order():
-    first = Logps(torch.tensor([-1.0]), torch.tensor([0, 1]))
-    second = Logps(torch.tensor([-2.0, -3, -4]), torch.tensor([0, 1, 3]))
-    assert concatenate([first, second]).total.tolist() == [-1, -2, -7]

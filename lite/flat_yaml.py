@@ -31,7 +31,8 @@ def read(path: Path) -> dict[str, Any]:
 class _Loader(yaml.SafeLoader):
     """YAML with the scalars of its version 1.2 where 1.1 surprises, and no key twice.
 
-    1.1 reads 1e-5 as a string, for want of a dot; `yes`, `no`, `on` and `off` as booleans; 2024-01-01 as a date.
+    1.1 reads 1e-5 as a string, for want of a dot; `yes`, `no`, `on` and `off` as booleans; 2024-01-01 as a date; 012 as
+    10 and 1:30 as 90.
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
@@ -44,7 +45,7 @@ class _Loader(yaml.SafeLoader):
         return mapping
 
 
-_SURPRISING = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp")
+_SURPRISING = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:int")
 _Loader.yaml_implicit_resolvers = {
     letter: [(tag, pattern) for tag, pattern in resolvers if tag not in _SURPRISING]
     for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -55,3 +56,4 @@ _Loader.add_implicit_resolver(
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789"))

@@ -55,9 +55,10 @@ def test_a_value_of_the_wrong_type_or_range(text: str, problem: str, tmp_path: P
 
 
 def test_yaml_words_stay_words(tmp_path: Path) -> None:
-    """YAML 1.1 would make a boolean of `no` and a date of the revision."""
-    recipe = recipes.load(written(tmp_path, "columns: {prompt: no}\nrevision: 2024-01-01"))
+    """YAML 1.1 would make a boolean of `no`, a date of the revision, and numbers of 1:30 (90) and 012 (10)."""
+    recipe = recipes.load(written(tmp_path, "columns: {prompt: no}\nrevision: 2024-01-01\nmodel: 1:30\ndata: 012"))
     assert recipe.columns == {"prompt": "no"}
+    assert (recipe.model, recipe.data) == ("1:30", "012")
     assert recipe.revision == "2024-01-01"
 
 

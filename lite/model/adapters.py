@@ -155,11 +155,11 @@ def target_names(model: nn.Module, asked: str) -> list[str]:
     if asked.strip() == ALL_LINEAR:
         chosen = linear
     else:
-        wanted = [name.strip() for name in asked.split(",") if name.strip()]
+        wanted = [name.strip() for name in asked.split(",")]
         chosen = [name for name in linear + head if any(_matches(name, one) for one in wanted)]
         unknown = [one for one in wanted if not any(_matches(name, one) for name in linear + head)]
         known = ", ".join(sorted({name.rpartition(".")[2] for name in linear + head}))
-        problems = [f"{one}: no such linear layer" for one in unknown]
+        problems = [f"{one or repr(one)}: no such linear layer" for one in unknown]
         raise_collected(
             ModelError, "lora_target_modules:", problems, f"Expected {ALL_LINEAR}, or names out of: {known}."
         )

@@ -129,11 +129,12 @@ def test_asked_layers_only(model_folder: Folder):
 
 def test_layers_that_do_not_exist_are_named_with_those_that_do(model_folder: Folder):
     with pytest.raises(ModelError) as caught:
-        attached(Recipe(model=str(model_folder("phi3")), lora_target_modules="q_proj,o_proj,embed_tokens"))
+        attached(Recipe(model=str(model_folder("phi3")), lora_target_modules="q_proj,o_proj,embed_tokens,"))
     assert str(caught.value).splitlines() == [
         "lora_target_modules:",
         "  q_proj: no such linear layer",
         "  embed_tokens: no such linear layer",
+        "  '': no such linear layer",
         "Expected all-linear, or names out of: down_proj, gate_up_proj, lm_head, o_proj, qkv_proj.",
     ]
 

@@ -8,11 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
-from lite import signatures, spellings
+from lite import flat_yaml, signatures, spellings
 from lite.errors import RecipeError, raise_collected
 from lite.flat_yaml import read as read_yaml
 
@@ -173,7 +172,7 @@ class Recipe(BaseModel):
 
     def save(self, path: Path) -> None:
         """Write every setting as YAML."""
-        path.write_text(yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        path.write_text(flat_yaml.dump(self.resolved()), encoding="utf-8")
 
 
 class Problem(NamedTuple):

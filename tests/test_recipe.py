@@ -137,6 +137,12 @@ def test_problems_are_what_the_recipe_would_raise() -> None:
     assert recipes.problems({}) == []
 
 
+@pytest.mark.parametrize("commit", ["12345e6", "0012345", "1234567", "null", "1.5e3"])
+def test_a_commit_that_looks_like_a_number_is_saved_as_text(commit: str, tmp_path: Path) -> None:
+    Recipe(revision=commit).save(tmp_path / "recipe.yaml")
+    assert recipes.load(tmp_path / "recipe.yaml").revision == commit
+
+
 def test_a_saved_recipe_is_the_same_recipe(tmp_path: Path) -> None:
     """Defaults included: what a run saves reruns it under a later lite whose defaults differ."""
     recipe = Recipe(method="simpo", data=Path("a") / "ü.jsonl", columns={"prompt": "no"}, adam_epsilon=1e-9, gamma=0.5)

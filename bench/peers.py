@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 PAIR_ROWS, LORA_RANK = 2, 16
+LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "OMP_NUM_THREADS")  # make a CPU behave as a lesser one
 
 
 def trl_child(work: Path, options: dict[str, Any]) -> dict[str, Any]:
@@ -177,6 +178,7 @@ def machine() -> dict[str, Any]:
     return {
         "commit": commit, "cpu": model, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
         "features": [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {f}" in flags],
+        "limited_by": {name: os.environ[name] for name in LIMITS if name in os.environ},
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers", "peft", "trl")},
     }  # fmt: skip

@@ -1,6 +1,7 @@
 """lite: fine-tune large language models on people's preferences, on one consumer GPU.
 
     run = lite.train(lite.Recipe(method="orpo", model="qwen-14b", load_in_4bit=True, data="pairs.jsonl"))
+    run = lite.resume(run.folder)  # after an interruption
 
 Importing lite is quick and configures nothing; torch is imported by the first name that needs it.
 """
@@ -9,12 +10,19 @@ from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["DataError", "ExportError", "LiteError", "ModelError", "Recipe", "RecipeError", "Run", "RunError", "train"]
+__all__ = [
+    "DataError", "ExportError", "LiteError", "ModelError", "Recipe", "RecipeError", "Run", "RunError",
+    "resume", "train",
+]  # fmt: skip
 
-_HOME = {"Recipe": "lite.recipe", "train": "lite.train", "Run": "lite.train"}
+_HOME = {"Recipe": "lite.recipe", "Run": "lite.train", "resume": "lite.train", "train": "lite.train"}
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'lite' has no attribute {name!r}")
     return getattr(import_module(_HOME.get(name, "lite.errors")), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -114,7 +114,7 @@ class _Unit(NamedTuple):
     example: int
     completions: tuple[int, ...]
     tokens: int
-    regime: int
+    regime: tuple[int, ...]
 
 
 def plan_batches(
@@ -167,21 +167,21 @@ def _weight(example: TokenExample, layout: Layout) -> float:
 
 def _units(index: int, example: TokenExample, layout: Layout) -> Iterator[_Unit]:
     lengths = [len(example.prompt) + len(completion) for completion in example.completions]
-    regimes = [_regime(length, index, layout) for length in lengths]
+    regimes = [_regime(length, (index, i), layout) for i, length in enumerate(lengths)]
     too_long = layout.split_pairs and example.tokens > layout.tokens_per_pack
-    if len(lengths) > 1 and (too_long or len(set(regimes)) > 1 or (layout.rotary_grows and max(regimes) > 0)):
+    if len(lengths) > 1 and (too_long or len(set(regimes)) > 1 or (layout.rotary_grows and any(regimes))):
         for i, length in enumerate(lengths):
-            yield _Unit(index, (i,), length, regimes[i] and regimes[i] + i)
+            yield _Unit(index, (i,), length, regimes[i])
     else:
         tokens = sum(lengths) if layout.padded else example.tokens
         yield _Unit(index, tuple(range(len(lengths))), tokens, regimes[0])
 
 
-def _regime(length: int, index: int, layout: Layout) -> int:
-    """0 up to the rotary bound; beyond it 1, or a number of its own if the factors grow with the length."""
+def _regime(length: int, completion: tuple[int, int], layout: Layout) -> tuple[int, ...]:
+    """Empty up to the rotary bound; beyond it all are alike, or each its own if the factors grow with the length."""
     if layout.rotary_bound is None or length <= layout.rotary_bound:
-        return 0
-    return 1 + 2 * index if layout.rotary_grows else 1
+        return ()
+    return (1, *completion) if layout.rotary_grows else (1,)
 
 
 def _fit(units: list[_Unit], examples: Sequence[TokenExample], layout: Layout) -> list[list[_Unit]]:

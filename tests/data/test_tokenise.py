@@ -174,6 +174,18 @@ def test_an_end_of_turn_token_inside_a_text_is_kept_and_remarked(chatml):
     }
 
 
+def test_turns_of_others_inside_a_completion_are_remarked(chatml):
+    said = [
+        {"role": "assistant", "content": "Which way?"},
+        {"role": "user", "content": "North"},
+        {"role": "assistant", "content": "Yes"},
+    ]
+    found, ledger = run(chatml, PromptCompletion("Up?", said, PLACE))
+    assert "North" in texts(chatml, found.tokens[0])[1]
+    (remark,) = ledger.remarks
+    assert "every token of it is scored, theirs too" in remark
+
+
 @pytest.mark.parametrize(("adds_bos", "begins"), [(False, ""), (True, BOS)])
 def test_plain_text(adds_bos, begins):
     tokenizer = made(None, bos=BOS, adds_bos=adds_bos)

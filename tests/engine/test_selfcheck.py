@@ -10,6 +10,7 @@ from lite.data.packs import Layout
 from lite.engine import selfcheck
 from lite.engine.forward import Path
 from lite.errors import ModelError
+from lite.model.attention import install
 from lite.model.rotary import regimes
 from tests.architectures import ARCHITECTURES
 
@@ -63,7 +64,7 @@ def test_attention_in_chunks_makes_it_fall_back_to_padded(tiny_model, token_exam
 def test_rotary_factors_of_long_texts_are_tried(tiny_model, token_examples):
     """A layout that mixes lengths on both sides of LongRoPE's bound, here 240, gives short texts the long factors."""
     model = tiny_model("phi3-longrope", original_max_position_embeddings=240, max_position_embeddings=512)
-    assert install_and(model)
+    install(model)
     report = selfcheck.compare(model, token_examples(shapes=((230, 40, 60), (20, 9, 9))), LAYOUT, Path())
     assert report.part == "attention"
 
@@ -98,16 +99,10 @@ def test_a_window_off_by_one_is_caught(tiny_model, token_examples):
         def mask(self, queries: int, keys: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:
             return self.table.mask(queries, keys, window and window - 1, dtype)
 
-    report = selfcheck.compare(model, token_examples(), LAYOUT, Path()) if install_and(model) else None
+    install(model)
+    report = selfcheck.compare(model, token_examples(), LAYOUT, Path())
     assert not report.passed
     assert report.part == "attention"
-
-
-def install_and(model: nn.Module) -> bool:
-    from lite.model.attention import install
-
-    install(model)
-    return True
 
 
 def test_an_attention_keyword_that_packs_lack_makes_it_fall_back(tiny_model, token_examples):
@@ -121,3 +116,15 @@ def test_an_attention_keyword_that_packs_lack_makes_it_fall_back(tiny_model, tok
             with_kwargs=True,
         )
     assert selfcheck.choose_layout(model, token_examples(), LAYOUT, Path()).padded
+
+
+def test_a_fault_of_our_own_is_not_taken_for_the_models(tiny_model, token_examples, monkeypatch):
+    """A wrong call inside the fast path stops the run instead of making every run a padded one."""
+    model = tiny_model("llama")
+
+    def broken(*arguments: object) -> None:
+        raise TypeError("kernel() got an unexpected keyword argument 'enable_gqa'")
+
+    monkeypatch.setattr(selfcheck, "scored_tokens", broken)
+    with pytest.raises(TypeError, match="enable_gqa"):
+        selfcheck.choose_layout(model, token_examples(), LAYOUT, Path())

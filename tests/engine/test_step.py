@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from lite.data.examples import TokenExample
@@ -14,6 +15,7 @@ from lite.loss import registry
 from lite.loss.logps import Logps
 from lite.loss.registry import Loss, Scored
 from lite.memory.checkpoint import checkpoint_layers
+from lite.model import lora
 from lite.model.attention import install
 from lite.model.rotary import regimes
 
@@ -167,3 +169,29 @@ def test_measure_reports_what_backward_reports(tiny_model, token_examples):
     assert one.metrics.keys() == other.metrics.keys()
     for name, value in one.metrics.items():
         assert float(value) == pytest.approx(float(other.metrics[name]), rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("which", OBJECTIVES.values(), ids=OBJECTIVES.keys())
+@pytest.mark.parametrize("targets", [None, "lm_head"], ids=["blocks", "blocks and head"])
+def test_adapters_take_the_same_step_in_any_layout(tiny_model, token_examples, which: Objective, targets: str | None):
+    """LoRA on every linear layer of the blocks, and on the head: packs, splits and recomputation change nothing."""
+    model, examples = tiny_model("qwen3", dtype=torch.float64), token_examples()
+    names = [
+        n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"
+    ]
+    config = LoraConfig(r=4, target_modules=[*set(names), *([targets] if targets else [])], init_lora_weights=False)
+    torch.manual_seed(0)
+    adapted = get_peft_model(model, config).train()
+    lora.replace_forward(adapted)
+
+    def step(**layout: object) -> tuple[Tensor, list[Tensor]]:
+        made = Layout(ROLES, score_prompt=which.hyperparameters.get("nll_over") == "sequence", **layout)
+        install(adapted, padded=made.padded)
+        adapted.zero_grad()
+        loss = backward(adapted, lay_out(examples, made), which, Path(13)).loss
+        return loss, [p.grad.clone() for p in adapted.parameters() if p.requires_grad]
+
+    whole = step(tokens_per_pack=10_000)
+    checkpoint_layers(adapted)
+    for layout in LAYOUTS:
+        assert_same(whole, step(**layout), 1e-10)

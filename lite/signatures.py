@@ -26,7 +26,8 @@ KNOWN_DATA = {
     "prompt": "Logps of the prompt's own tokens after its first, one per example (only where `prompt_when` holds)",
     "label": "bool tensor, true where the completion is desirable",
 }
-TYPES = {"float": float, "int": int, "bool": bool, "str": str}
+NON_NEGATIVE = "NonNegative"  # lite.loss.registry.NonNegative: a float of 0 or more
+TYPES = {"float": float, "int": int, "bool": bool, "str": str, NON_NEGATIVE: float}
 WORDS = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
 
 
@@ -39,6 +40,7 @@ class Hyperparameter:
     default: Any
     help: str
     choices: tuple[str, ...] = ()
+    non_negative: bool = False
 
     def problem(self, value: Any) -> str | None:
         """Why `value` cannot be used, or None."""
@@ -46,6 +48,7 @@ class Hyperparameter:
             fits = value in self.choices
         elif self.type is float:
             fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            fits = fits and (value >= 0 or not self.non_negative)
         else:
             fits = type(value) is self.type
         return None if fits else f"{self.name} = {value!r}: expected {self.expected}."
@@ -53,7 +56,8 @@ class Hyperparameter:
     @property
     def expected(self) -> str:
         """What it takes, in words."""
-        return f"one of {', '.join(self.choices)}" if self.choices else WORDS[self.type]
+        words = f"one of {', '.join(self.choices)}" if self.choices else WORDS[self.type]
+        return f"{words}, at least 0" if self.non_negative else words
 
 
 @dataclass(frozen=True)
@@ -145,7 +149,9 @@ def _signature(node: ast.FunctionDef, path: Path, options: dict[str, Any]) -> Si
         kind, choices = _type(argument.annotation, place)
         line = re.search(_help_line(argument.arg), doc, re.MULTILINE)
         help_line = line.group(1) if line else ""
-        hyperparameters[argument.arg] = Hyperparameter(argument.arg, kind, _literal(default, place), help_line, choices)
+        non_negative = ast.unparse(argument.annotation) == NON_NEGATIVE
+        value = _literal(default, place)
+        hyperparameters[argument.arg] = Hyperparameter(argument.arg, kind, value, help_line, choices, non_negative)
     summary, _, explanation = doc.partition("\n")
     for name in hyperparameters:
         explanation = re.sub(_help_line(name) + r"\n?", "", explanation, flags=re.MULTILINE)

@@ -44,7 +44,7 @@ def test_numbers_in_yaml_are_numbers(text: str, value: float, tmp_path: Path) ->
         ("dtype: fp16", "dtype = 'fp16': expected one of auto, bfloat16, float32."),
         ("revision: 1234567", "revision = 1234567: expected text."),
         ("columns: {prompt: 1}", "expected pairs such as prompt=question (in a recipe, `prompt: question`)."),
-        ("beta: big", "beta = 'big': expected a number."),
+        ("beta: big", "beta = 'big': expected a number, at least 0."),
         ("nll_over: prompt", "nll_over = 'prompt': expected one of completion, sequence."),
     ],
 )

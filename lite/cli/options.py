@@ -96,7 +96,7 @@ def _of_field(key: str, signature: Signature) -> Setting:
         flags=(extra["flag"], flag(key)) if extra["flag"] else (flag(key),),
         metavar="|".join(choices) or NAMES[kind],
         help=field.description or "",
-        facts=("" if choices else expected(field).partition(", ")[2], shown or unit.strip(), in_recipe),
+        facts=("" if choices or kind is dict else expected(field).partition(", ")[2], shown or unit.strip(), in_recipe),
         panel=extra["panel"],
     )
 
@@ -108,7 +108,7 @@ def _of_hyperparameter(hyperparameter: Hyperparameter, panel: str) -> Setting:
         flags=(flag(hyperparameter.name),),
         metavar="|".join(hyperparameter.choices) or NAMES[hyperparameter.type],
         help=hyperparameter.help[:1].upper() + hyperparameter.help[1:],
-        facts=(f"default: {_shown(hyperparameter.default)}",),
+        facts=("at least 0" if hyperparameter.non_negative else "", f"default: {_shown(hyperparameter.default)}"),
         panel=panel,
     )
 

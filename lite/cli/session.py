@@ -92,5 +92,7 @@ def _silence() -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # It warns, on every CPU, that a kernel for inference is not installed; there is nothing to be done about it.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # It tells of every try to reach the hub; lite tells once, and what to do.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")

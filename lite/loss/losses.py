@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lite.loss.logps import Logps
-from lite.loss.registry import Scored, loss
+from lite.loss.registry import NonNegative, Scored, loss
 
 
 @loss(learning_rate=5e-5, prompt_when={"nll_over": "sequence"})
@@ -21,7 +21,7 @@ def orpo(
     rejected: Logps,
     prompt: Logps | None = None,
     *,
-    beta: float = 0.1,
+    beta: NonNegative = 0.1,
     nll_over: Literal["completion", "sequence"] = "completion",
 ) -> Scored:
     """ORPO: the likelihood of chosen, and the odds of chosen against rejected; no reference model.
@@ -56,7 +56,7 @@ def sft(completion: Logps) -> Scored:
 
 
 @loss(learning_rate=1e-5)
-def simpo(chosen: Logps, rejected: Logps, *, beta: float = 2.0, gamma: float = 1.0) -> Scored:
+def simpo(chosen: Logps, rejected: Logps, *, beta: NonNegative = 2.0, gamma: float = 1.0) -> Scored:
     """SimPO: mean-logp margin with a target gap; no reference model.
 
     loss = −log σ(beta · (mean logp chosen − mean logp rejected) − gamma)
@@ -71,7 +71,7 @@ def simpo(chosen: Logps, rejected: Logps, *, beta: float = 2.0, gamma: float = 1
 
 
 @loss(learning_rate=1e-5)
-def cpo(chosen: Logps, rejected: Logps, *, beta: float = 0.1, alpha: float = 1.0) -> Scored:
+def cpo(chosen: Logps, rejected: Logps, *, beta: NonNegative = 0.1, alpha: float = 1.0) -> Scored:
     """CPO: DPO with a uniform reference, and the likelihood of chosen; no reference model.
 
     loss = −log σ(beta · (logp chosen − logp rejected)) + alpha · NLL(chosen)
@@ -99,7 +99,9 @@ def log1mexp(logp: Tensor) -> Tensor:
     return torch.where(near_one, torch.log(-torch.expm1(inside)), torch.log1p(-torch.exp(outside)))
 
 
-def _metrics(chosen: Tensor, rejected: Tensor, beta: float, more: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+def _metrics(
+    chosen: Tensor, rejected: Tensor, beta: NonNegative, more: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """TRL's names: rewards are beta times the logps the loss compares; accuracy is how often chosen is the likelier."""
     metrics = {
         "rewards/chosen": beta * chosen,

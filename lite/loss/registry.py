@@ -12,6 +12,8 @@ from torch import Tensor
 from lite import signatures
 from lite.loss.logps import Logps
 
+NonNegative = float  # as a hyperparameter's type: a number of 0 or more; `signatures` reads the name
+
 
 class Scored(NamedTuple):
     """What a loss returns: the loss of each example, and what to log, each averaged like the loss."""

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,8 @@ def train(recipe: Recipe, progress: Progress | None = None) -> Run:
         recipe = adapters.settle(recipe)
         work = _set_up(recipe, *_read(recipe, progress), progress)
         folder = run.new_folder(recipe)
+        # Not where it lies: so that the saved recipe, given to --recipe, makes a run of its own.
+        work = replace(work, recipe=recipe.model_copy(update={"output_dir": None}))
         with run.alone(folder), run.going_on(folder):
             run.require_free(recipe)  # another process may have trained there while this one loaded
             _write_start(work, folder)

@@ -2,7 +2,7 @@
 
 One Trainer batch is the packs of one optimizer step, and one Trainer epoch is the whole run: the data set is the lazy
 sequence of its batches, in order, so that a step's number says which rows it sees. Left to Trainer: the loop, clipping,
-the scheduler, trackers, and the state that a checkpoint needs. Replaced, each for a reason given there: the step, the
+trackers, and the state that a checkpoint needs. Replaced, each for a reason given there: the step, the schedule, the
 log, the evaluation, and how checkpoints are written and read.
 """
 
@@ -18,6 +18,7 @@ import torch
 import transformers
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -30,6 +31,7 @@ from lite.train import checkpoints, failures, machine, metrics, trackers
 from lite.train.interrupt import Request
 from lite.train.optimizer import optimizer
 from lite.train.progress import Progress
+from lite.train.schedule import schedule
 
 STATE = "lite.json"  # in a checkpoint: what lite adds to Trainer's own state
 
@@ -58,8 +60,6 @@ def arguments(recipe: Recipe, folder: Path, steps: int, *, device: torch.device,
         per_device_train_batch_size=1,
         gradient_accumulation_steps=1,  # packs are accumulated inside the step, with the exact normaliser
         learning_rate=recipe.peak_learning_rate,
-        lr_scheduler_type=recipe.lr_scheduler_type,
-        warmup_steps=math.ceil(recipe.warmup_ratio * steps),
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
         seed=recipe.seed,
@@ -191,6 +191,12 @@ class Trainer(transformers.Trainer):
         if self.optimizer is None:
             self.optimizer = optimizer(self.model, self.recipe)
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
+        """The recipe's, over the steps of the run."""
+        if self.lr_scheduler is None:
+            self.lr_scheduler = schedule(optimizer or self.optimizer, self.recipe, len(self.batches))
+        return self.lr_scheduler
 
     def floating_point_ops(self, inputs: Batch) -> int:
         """Not counted: Trainer's count looks for input ids in the batch."""

@@ -108,7 +108,7 @@ def test_wrong_values_are_named_by_their_flags_all_at_once(capsys: pytest.Captur
         "--lora-r = 0: expected a whole number, at least 1.",
         "--max-steps = '1.5': expected a whole number, at least 1.",
         "--dtype = 'fp16': expected one of auto, bfloat16, float32.",
-        "--beta = 'big': expected a number.",
+        "--beta = 'big': expected a number, at least 0.",
         "--columns = 'prompt': expected pairs",
         "--4bit = True beside load_in_8bit",
         "--learning-rate = nan: expected a number, above 0.",

@@ -101,6 +101,13 @@ def test_the_gradient_raises_chosen_against_rejected(name: str):
     assert totals.grad[0] < 0 < totals.grad[1]
 
 
+@pytest.mark.parametrize("name", ["orpo", "simpo", "cpo"])
+def test_a_negative_strength_would_prefer_rejected_and_is_refused(name: str):
+    beta = registry.find(name).signature.hyperparameters["beta"]
+    assert beta.problem(-1) == "beta = -1: expected a number, at least 0."
+    assert beta.problem(0) is None
+
+
 def test_a_loss_of_the_users_own_is_found_by_file_and_name(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(

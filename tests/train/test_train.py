@@ -84,6 +84,7 @@ def test_a_run_leaves_what_the_design_says(recipe: Callable) -> None:
 
 def test_the_saved_recipe_reruns_the_run(recipe: Callable, tmp_path: Path) -> None:
     run = train(recipe())
+    assert lite.recipe.load(run.folder / "recipe.yaml").output_dir is None  # or it would ask for the folder it lies in
     again = train(lite.recipe.load(run.folder / "recipe.yaml", output_dir=str(tmp_path / "again")))
     assert contents(run.folder) == contents(again.folder)
 

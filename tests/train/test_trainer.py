@@ -168,11 +168,11 @@ def test_lines_have_trls_names_and_average_the_interval(trainer: Callable) -> No
 
 
 def test_learning_rate_warms_up_and_comes_down(trainer: Callable) -> None:
-    """Warm-up of ceil(0.25 · 10) = 3 steps, then half a cosine over the other 7."""
+    """Warm-up of ceil(0.25 · 10) = 3 steps, the first of them not 0, then half a cosine over 7."""
     made = trainer(warmup_ratio=0.25, learning_rate=1.0, max_grad_norm=0.0)
     made.train()
     rates = [line["learning_rate"] for line in metrics.read(made.folder / "metrics.jsonl")]
-    expected = [step / 3 for step in range(3)] + [0.5 * (1 + math.cos(math.pi * step / 7)) for step in range(7)]
+    expected = [step / 3 for step in (1, 2, 3)] + [0.5 * (1 + math.cos(math.pi * step / 7)) for step in range(7)]
     assert rates == pytest.approx(expected)
 
 

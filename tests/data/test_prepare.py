@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -172,20 +171,6 @@ def test_real_files(method, name, kept, format, chatml):
     for example in prepared.train:
         assert chatml.decode(example.prompt).endswith("<|im_start|>assistant\n")
         assert all(completion[-1] == end and completion.count(end) == 1 for completion in example.completions)
-
-
-def test_speed(write, chatml, capsys):
-    """Printed, not asserted: machines differ. Most of it is the tokenizer's own work."""
-    rows = [
-        pair(i, chosen=f"Yes {i}, " + "it is so " * 40, rejected=f"No {i}, " + "it is not " * 40) for i in range(1000)
-    ]
-    path = write("pairs.jsonl", jsonl(rows))
-    start = time.perf_counter()
-    prepared = prepare(Recipe(data=path), chatml)
-    seconds = time.perf_counter() - start
-    tokens = sum(example.tokens for example in prepared.train)
-    with capsys.disabled():
-        print(f"\nprepared {len(rows)} pairs, {tokens:,} tokens of one letter each, in {seconds:.2f} s")
 
 
 def test_importing_the_room_imports_neither_torch_nor_transformers():

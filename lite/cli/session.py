@@ -69,7 +69,7 @@ def following(run: "Run") -> list[str]:
     )
     return [
         f"adapter   {run.adapter}",
-        f'use it    peft.PeftModel.from_pretrained(model, "{run.adapter}")',
+        f'use it    peft.AutoPeftModelForCausalLM.from_pretrained("{run.adapter}")',
         f"train on  lite {shlex.quote(recipe.method)} {base} --run {shlex.quote(str(run.folder))} --data MORE.jsonl",
     ]
 

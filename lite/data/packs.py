@@ -10,7 +10,7 @@ examples of the batch, fixed before the first forward. Split into packs, padded,
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -151,11 +151,10 @@ def lay_out(examples: Sequence[TokenExample], layout: Layout) -> Batch:
     desirable = None if None in labels else torch.tensor(labels, dtype=torch.bool)
     packs = []
     for units in _fit([unit for i, e in enumerate(examples) for unit in _units(i, e, layout)], examples, layout):
-        whole = sorted({u.example for u in units if len(u.completions) == len(examples[u.example].completions)})
-        build = _padded_pack if layout.padded else _packed_pack
-        packs.append(
-            build(sorted(units), examples, layout, share[whole], None if desirable is None else desirable[whole])
-        )
+        units = sorted(units)
+        whole = [u.example for u in units if len(u.completions) == len(examples[u.example].completions)]
+        tokens = (_padded if layout.padded else _packed)(units, examples, layout)
+        packs.append(Pack(*tokens, tuple(whole), share[whole], None if desirable is None else desirable[whole]))
     scored = sum(len(pack.labels) for pack in packs)
     return Batch(tuple(packs), tuple(e.place for e in examples), float(weights.sum()), scored, share, desirable)
 
@@ -206,9 +205,8 @@ def _size(units: list[_Unit], examples: Sequence[TokenExample], layout: Layout) 
     return len(lengths) * max(lengths)
 
 
-def _packed_pack(
-    units: list[_Unit], examples: Sequence[TokenExample], layout: Layout, share: Tensor, desirable: Tensor | None
-) -> Pack:
+def _packed(units: list[_Unit], examples: Sequence[TokenExample], layout: Layout) -> tuple[Any, ...]:
+    """The first fields of a Pack, up to its roles: one row of tokens, and the branches in it."""
     ids: list[int] = []
     positions: list[int] = []
     branches: list[Branch] = []
@@ -229,14 +227,11 @@ def _packed_pack(
                 c, unit.example, completion, [start + depth - 1, *range(begin, begin + len(completion) - 1)]
             )
     rows = torch.tensor([ids, positions])
-    return Pack(
-        rows[:1], rows[1:], None, tuple(branches), *scored.tensors(), tuple(_whole(units, examples)), share, desirable
-    )
+    return rows[:1], rows[1:], None, tuple(branches), *scored.tensors()
 
 
-def _padded_pack(
-    units: list[_Unit], examples: Sequence[TokenExample], layout: Layout, share: Tensor, desirable: Tensor | None
-) -> Pack:
+def _padded(units: list[_Unit], examples: Sequence[TokenExample], layout: Layout) -> tuple[Any, ...]:
+    """The same fields of a padded pack: a row for each completion, and a mask."""
     rows = [(unit, c) for unit in units for c in unit.completions]
     width = max(len(examples[u.example].prompt) + len(examples[u.example].completions[c]) for u, c in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.long)
@@ -251,11 +246,7 @@ def _padded_pack(
         scored.prompt(unit._replace(completions=(c,)), example, start)
         scored.completion(c, unit.example, completion, range(start + len(prompt) - 1, start + length - 1))
     positions = torch.arange(width).expand(len(rows), width)
-    return Pack(ids, positions, mask, (), *scored.tensors(), tuple(_whole(units, examples)), share, desirable)
-
-
-def _whole(units: list[_Unit], examples: Sequence[TokenExample]) -> Iterator[int]:
-    return (u.example for u in units if len(u.completions) == len(examples[u.example].completions))
+    return ids, positions, mask, (), *scored.tensors()
 
 
 class _Scored:

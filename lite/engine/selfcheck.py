@@ -15,7 +15,8 @@ from torch import Tensor
 
 from lite.data.examples import TokenExample
 from lite.data.packs import Layout, lay_out
-from lite.engine.forward import Model, Path, device_of, scored_hidden, scored_tokens
+from lite.engine import score
+from lite.engine.forward import Model, Path, device_of, scored_hidden
 from lite.engine.step import gather
 from lite.errors import ModelError
 from lite.model import rotary
@@ -153,8 +154,9 @@ def _keep(base: Model, count: int) -> dict[str, int]:
 
 
 def _ours(model: Model, trials: Sequence[TokenExample], layout: Layout, path: Path) -> _Outcome:
-    packs = [pack.to(device_of(model)) for pack in lay_out(trials, replace(layout, score_prompt=False)).packs]
-    logps = gather([scored_tokens(model, pack, path) for pack in packs], packs)
+    layout = replace(layout, score_prompt=False)
+    logps = score.logps(model, trials, layout, path)
+    packs = [pack.to(device_of(model)) for pack in lay_out(trials, layout).packs]
     hidden = gather([scored_hidden(model, pack, path) for pack in packs], packs)
     lengths = {name: logps[name].length.tolist() for name in layout.completions}
     return _Outcome(

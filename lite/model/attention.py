@@ -5,6 +5,7 @@ function as a keyword of the backbone's forward; no mask function is registered,
 Which queries see which keys is `branches.py`; here are the kernels that compute it, and the choice among them.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -167,17 +168,10 @@ def _varlen(
     """Flash attention as torch brings it, one call for all branches; its causal mask is aligned to the last key."""
     from torch.nn.attention.varlen import varlen_attn
 
-    cumulative_q, cumulative_k, gather, longest_q, longest_k = table.varlen()
-    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
-    if gather is not None:
-        k, v = k[gather], v[gather]
-    window_size = (-1 if window is None else window - 1, 0)
     # torch 2.11 takes grouped heads as they come; later versions have to be told.
-    grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-    return varlen_attn(
-        q, k, v, cumulative_q, cumulative_k, longest_q, longest_k,
-        scale=scaling, window_size=window_size, **grouped,
-    )[None]  # fmt: skip
+    grouped = {"enable_gqa": True} if _takes(varlen_attn, "enable_gqa") else {}
+    runs = _runs(query, key, value, table)
+    return varlen_attn(*runs, scale=scaling, window_size=_window_size(window), **grouped)[None]
 
 
 def _flash(
@@ -193,17 +187,30 @@ def _flash(
     flash = _flash_attn()
     if flash is None:
         raise ModelError("attn_implementation = flash: the package is missing. pip install flash-attn, or use auto.")
+    runs = _runs(query, key, value, table)
+    size = _window_size(window)
+    return flash(*runs, softmax_scale=scaling, causal=True, window_size=size, softcap=cap or 0.0)[None]
+
+
+def _runs(query: Tensor, key: Tensor, value: Tensor, table: BranchTable) -> tuple[Tensor | int, ...]:
+    """What variable-length flash kernels begin with: q, k, v (tokens, heads, head_dim), cumulative and longest runs."""
     cumulative_q, cumulative_k, gather, longest_q, longest_k = table.varlen()
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
     if gather is not None:
         k, v = k[gather], v[gather]
-    window_size = (-1 if window is None else window - 1, 0)
-    return flash(
-        q, k, v, cumulative_q, cumulative_k, longest_q, longest_k,
-        softmax_scale=scaling, causal=True, window_size=window_size, softcap=cap or 0.0,
-    )[None]  # fmt: skip
+    return q, k, v, cumulative_q, cumulative_k, longest_q, longest_k
 
 
+def _window_size(window: int | None) -> tuple[int, int]:
+    return (-1 if window is None else window - 1, 0)
+
+
+@functools.cache
+def _takes(function: Callable[..., Tensor], keyword: str) -> bool:
+    return keyword in inspect.signature(function).parameters
+
+
+@functools.cache
 def _flash_attn() -> Callable[..., Tensor] | None:
     try:
         from flash_attn import flash_attn_varlen_func

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lite.data.packs import Layout
-from lite.engine import selfcheck
+from lite.engine import score, selfcheck
 from lite.engine.forward import Path
 from lite.errors import ModelError
 from lite.model.attention import install
@@ -125,6 +125,6 @@ def test_a_fault_of_our_own_is_not_taken_for_the_models(tiny_model, token_exampl
     def broken(*arguments: object) -> None:
         raise TypeError("kernel() got an unexpected keyword argument 'enable_gqa'")
 
-    monkeypatch.setattr(selfcheck, "scored_tokens", broken)
+    monkeypatch.setattr(score, "scored_tokens", broken)
     with pytest.raises(TypeError, match="enable_gqa"):
         selfcheck.choose_layout(model, token_examples(), LAYOUT, Path())

@@ -8,26 +8,58 @@ A loss of the user's own is named `path/to/file.py:function` and read the same w
 import ast
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lite import spellings
 from lite.errors import RecipeError
 
-LOSSES = Path(__file__).parent / "loss" / "losses.py"
+LOSSES = Path(__file__).parent / "loss" / "losses"  # a function under @loss in any file of this folder is a loss
 
 # What the engine can supply by name, and what each is. A loss that asks for anything else fails at import.
 KNOWN_DATA = {
     "chosen": "Logps of the preferred completion, one per pair",
     "rejected": "Logps of the other completion, one per pair",
-    "completion": "Logps of the completion, one per example",
+    "completion": "Logps of the completion, one per example; of a pair, the chosen one",
     "prompt": "Logps of the prompt's own tokens after its first, one per example (only where `prompt_when` holds)",
+    "kl": "Logps of another row's completion after this prompt, one per example",
+    "ref_chosen": "the reference's Logps of chosen",
+    "ref_rejected": "the reference's Logps of rejected",
+    "ref_completion": "the reference's Logps of completion",
+    "ref_kl": "the reference's Logps of kl",
+    "chosen_purity": "Logps whose tokens are log Σ π(v)² over the vocabulary where a token of chosen is predicted",
+    "rejected_purity": "the same for rejected",
+    "expected": "Logps whose tokens are the policy's, averaged over the reference's top-k and the rest as one",
+    "ref_expected": "the same of the reference itself: its negative entropy",
     "label": "bool tensor, true where the completion is desirable",
+    "margin": "tensor of the row's own `margin`: by how much chosen is better",
 }
-NON_NEGATIVE = "NonNegative"  # lite.loss.registry.NonNegative: a float of 0 or more
-TYPES = {"float": float, "int": int, "bool": bool, "str": str, NON_NEGATIVE: float}
+COMPLETIONS = ("chosen", "rejected", "completion", "kl")
+
+
+class Range(NamedTuple):
+    """What a named type of number allows: its words, and its bounds, of which the lower may be left out."""
+
+    words: str
+    low: float
+    high: float
+    open_low: bool = False
+
+    def holds(self, value: float) -> bool:
+        """Whether the value lies in it."""
+        return self.low <= value <= self.high and not (self.open_low and value == self.low)
+
+
+# Types of hyperparameters by the name that a loss writes; lite.loss.registry exports those that are not builtin.
+RANGES = {
+    "NonNegative": Range("at least 0", 0.0, math.inf),
+    "Positive": Range("above 0", 0.0, math.inf, open_low=True),
+    "Fraction": Range("from 0 to 1", 0.0, 1.0),
+}
+TYPES = {"float": float, "int": int, "bool": bool, "str": str, **dict.fromkeys(RANGES, float)}
 WORDS = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
 
 
@@ -40,7 +72,7 @@ class Hyperparameter:
     default: Any
     help: str
     choices: tuple[str, ...] = ()
-    non_negative: bool = False
+    range: Range | None = None
 
     def problem(self, value: Any) -> str | None:
         """Why `value` cannot be used, or None."""
@@ -48,7 +80,7 @@ class Hyperparameter:
             fits = value in self.choices
         elif self.type is float:
             fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-            fits = fits and (value >= 0 or not self.non_negative)
+            fits = fits and (self.range is None or self.range.holds(value))
         else:
             fits = type(value) is self.type
         return None if fits else f"{self.name} = {value!r}: expected {self.expected}."
@@ -57,12 +89,12 @@ class Hyperparameter:
     def expected(self) -> str:
         """What it takes, in words."""
         words = f"one of {', '.join(self.choices)}" if self.choices else WORDS[self.type]
-        return f"{words}, at least 0" if self.non_negative else words
+        return f"{words}, {self.range.words}" if self.range else words
 
 
 @dataclass(frozen=True)
 class Signature:
-    """A loss as its source states it."""
+    """A loss as its source states it, or a sum of losses."""
 
     name: str
     path: Path
@@ -74,6 +106,8 @@ class Signature:
     weigh_by: str = "examples"  # "examples": 1 each; "tokens": its scored tokens
     whole_batch: bool = False  # needs every Logps of the step before any gradient
     prompt_when: dict[str, str] | None = None  # hyperparameter values under which `prompt` is scored too
+    learnable: dict[str, tuple[float, float]] = field(default_factory=dict)  # trained hyperparameters, their bounds
+    terms: tuple["Term", ...] = ()  # of a sum; empty of one loss
 
     @property
     def example(self) -> str:
@@ -83,19 +117,52 @@ class Signature:
     @property
     def completions(self) -> tuple[str, ...]:
         """The completions of one example, in the order in which they are scored."""
-        return ("chosen", "rejected") if self.example == "preference" else ("completion",)
+        if self.example == "preference":
+            return ("chosen", "rejected")
+        return ("completion", "kl") if "kl" in self.data else ("completion",)
 
-    def scores_prompt(self, hyperparameters: dict[str, Any]) -> bool:
+    @property
+    def reference(self) -> bool:
+        """Whether it compares with a reference model."""
+        return any(name.startswith("ref_") for name in self.data)
+
+    def scores_prompt(self, hyperparameters: Mapping[str, Any]) -> bool:
         """Whether the prompt's own tokens are scored under these hyperparameters."""
+        if self.terms:
+            return any(term.signature.scores_prompt(term.own(hyperparameters)) for term in self.terms)
         return bool(self.prompt_when) and all(hyperparameters[k] == v for k, v in self.prompt_when.items())
 
 
-def find(method: str) -> Signature:
-    """The signature of a registered loss, or of `file.py:function`. Raises RecipeError with the nearest names."""
+class Term(NamedTuple):
+    """One loss of a sum, and its weight in it."""
+
+    signature: Signature
+    weight: float
+
+    def own(self, hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
+        """Its hyperparameters by their own names: beta for dpo.beta."""
+        return {name: hyperparameters[f"{self.signature.name}.{name}"] for name in self.signature.hyperparameters}
+
+
+def find(method: str, losses: str | None = None) -> Signature:
+    """The signature of a registered loss or of `file.py:function`; with `losses`, of the sum that it spells.
+
+    losses: `dpo:1.0,sft:0.2`, with the method among them; hyperparameters are then called dpo.beta.
+    Raises RecipeError with the nearest names.
+    """
+    return _one(method) if losses is None else _sum(method, losses)
+
+
+def registered() -> dict[str, Signature]:
+    """Every loss of lite's own, in the order of the files and of the functions in them."""
+    return {name: signature for path in sorted(LOSSES.glob("*.py")) for name, signature in read(path).items()}
+
+
+def _one(method: str) -> Signature:
     path, _, name = method.rpartition(":")
     if path and not Path(path).is_file():
         raise RecipeError(f"method = {method!r}: there is no file {path}. Expected path/to/file.py:function.")
-    known = read(Path(path) if path else LOSSES)
+    known = read(Path(path)) if path else registered()
     if name not in known:
         if not known:
             raise RecipeError(f"method = {method!r}: {path} has no function under `@loss` at the top of the module.")
@@ -103,6 +170,41 @@ def find(method: str) -> Signature:
         meant = f" Did you mean {near}?" if near else ""
         raise RecipeError(f"method = {method!r}: no such loss in {path or 'lite'}.{meant} Known: {', '.join(known)}.")
     return known[name]
+
+
+def _sum(method: str, losses: str) -> Signature:
+    """The sum that `losses` spells, with the method's learning rate and summary."""
+    terms = []
+    for part in losses.split(","):
+        name, _, weight = part.strip().rpartition(":")
+        try:
+            terms.append(Term(_one(name), float(weight)))
+        except ValueError:
+            raise RecipeError(f"loss = {losses!r}: {part!r} is no NAME:WEIGHT. Expected dpo:1.0,sft:0.2.") from None
+    first, names = _one(method), [term.signature.name for term in terms]
+    kinds = {term.signature.example for term in terms}
+    problem = None
+    if first.name not in names:
+        problem = f"{method} is not among them. The verb names one of the losses"
+    elif len(set(names)) < len(names):
+        problem = "a loss is named twice"
+    elif {"preference", "unpaired"} <= kinds:
+        problem = "some learn from pairs, others from single completions with a label. Take losses of one kind"
+    elif not all(term.weight > 0 and math.isfinite(term.weight) for term in terms):
+        problem = "a weight is not above 0"
+    if problem:
+        raise RecipeError(f"loss = {losses!r}: {problem}. Expected for example dpo:1.0,sft:0.2.")
+    named = {f"{t.signature.name}.{h}": (t.signature, h) for t in terms for h in t.signature.hyperparameters}
+    return replace(
+        first,
+        name="+".join(names),
+        data=tuple(dict.fromkeys(name for term in terms for name in term.signature.data)),
+        hyperparameters={key: replace(s.hyperparameters[h], name=key) for key, (s, h) in named.items()},
+        whole_batch=any(term.signature.whole_batch for term in terms),
+        prompt_when=None,
+        learnable={key: s.learnable[h] for key, (s, h) in named.items() if h in s.learnable},
+        terms=tuple(terms),
+    )
 
 
 @cache
@@ -134,10 +236,15 @@ def _signature(node: ast.FunctionDef, path: Path, options: dict[str, Any]) -> Si
     if unknown:
         known = "\n".join(f"  {name}: {what}" for name, what in KNOWN_DATA.items())
         raise RecipeError(f"{path}:{node.lineno}: {node.name} asks for {', '.join(unknown)}. Known data:\n{known}")
-    optional = {"learning_rate", "weigh_by", "whole_batch", "prompt_when"}
+    optional = {"learning_rate", "weigh_by", "whole_batch", "prompt_when", "learnable"}
     if options.keys() - optional:
         wrong = ", ".join(sorted(options.keys() - optional))
         raise RecipeError(f"{path}:{node.lineno}: @loss has no option {wrong}. Known: {', '.join(sorted(optional))}.")
+    strays = sorted(options.get("learnable", {}).keys() - {argument.arg for argument in arguments.kwonlyargs})
+    if strays:
+        raise RecipeError(
+            f"{path}:{node.lineno}: learnable names {', '.join(strays)}, no hyperparameter of {node.name}."
+        )
     hyperparameters = {}
     for argument, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
         place = f"{path}:{argument.lineno}"
@@ -149,9 +256,11 @@ def _signature(node: ast.FunctionDef, path: Path, options: dict[str, Any]) -> Si
         kind, choices = _type(argument.annotation, place)
         line = re.search(_help_line(argument.arg), doc, re.MULTILINE)
         help_line = line.group(1) if line else ""
-        non_negative = ast.unparse(argument.annotation) == NON_NEGATIVE
-        value = _literal(default, place)
-        hyperparameters[argument.arg] = Hyperparameter(argument.arg, kind, value, help_line, choices, non_negative)
+        value, bounds = _literal(default, place), options.get("learnable", {}).get(argument.arg)
+        limits = RANGES.get(ast.unparse(argument.annotation))
+        if bounds:
+            limits = Range(f"from {bounds[0]:g} to {bounds[1]:g}, trained from there", *bounds)
+        hyperparameters[argument.arg] = Hyperparameter(argument.arg, kind, value, help_line, choices, limits)
     summary, _, explanation = doc.partition("\n")
     for name in hyperparameters:
         explanation = re.sub(_help_line(name) + r"\n?", "", explanation, flags=re.MULTILINE)

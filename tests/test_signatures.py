@@ -96,6 +96,6 @@ def test_a_hyperparameter_takes_its_own_type_only() -> None:
 
 
 def test_every_hyperparameter_of_lite_has_a_help_line() -> None:
-    for signature in signatures.read(signatures.LOSSES).values():
+    for signature in signatures.registered().values():
         assert signature.summary
         assert all(h.help for h in signature.hyperparameters.values()), signature.name

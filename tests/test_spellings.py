@@ -20,7 +20,7 @@ def test_nothing_is_near_among_nothing() -> None:
 
 def test_every_foreign_name_leads_to_one_of_ours() -> None:
     """And none of them is a name that lite uses itself."""
-    losses = signatures.read(signatures.LOSSES).values()
+    losses = signatures.registered().values()
     ours = {*Recipe.model_fields, *(name for signature in losses for name in signature.hyperparameters)}
     assert set(spellings.FOREIGN.values()) <= ours
     assert not spellings.FOREIGN.keys() & ours

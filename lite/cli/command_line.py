@@ -62,7 +62,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 def _verbs() -> dict[str, str]:
     """Each verb and its line."""
-    losses = {name: signature.summary for name, signature in signatures.read(signatures.LOSSES).items()}
+    losses = {name: signature.summary for name, signature in signatures.registered().items()}
     return {**losses, "resume": RESUME}
 
 

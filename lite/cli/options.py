@@ -108,7 +108,10 @@ def _of_hyperparameter(hyperparameter: Hyperparameter, panel: str) -> Setting:
         flags=(flag(hyperparameter.name),),
         metavar="|".join(hyperparameter.choices) or NAMES[hyperparameter.type],
         help=hyperparameter.help[:1].upper() + hyperparameter.help[1:],
-        facts=("at least 0" if hyperparameter.non_negative else "", f"default: {_shown(hyperparameter.default)}"),
+        facts=(
+            hyperparameter.range.words if hyperparameter.range else "",
+            f"default: {_shown(hyperparameter.default)}",
+        ),
         panel=panel,
     )
 

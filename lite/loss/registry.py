@@ -1,5 +1,6 @@
 """A loss as the engine holds it: its signature, and the function that maps Logps to a loss per example."""
 
+import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Mapping
@@ -12,14 +13,17 @@ from torch import Tensor
 from lite import signatures
 from lite.loss.logps import Logps
 
-NonNegative = float  # as a hyperparameter's type: a number of 0 or more; `signatures` reads the name
+# Types of hyperparameters; `signatures` reads their names, and knows their ranges.
+NonNegative = float
+Positive = float
+Fraction = float
 
 
 class Scored(NamedTuple):
-    """What a loss returns: the loss of each example, and what to log, each averaged like the loss."""
+    """What a loss returns: the loss of each example, and what to log, averaged over the examples that it is of."""
 
     loss: Tensor  # (P,)
-    metrics: dict[str, Tensor]  # each (P,), detached
+    metrics: dict[str, Tensor]  # each (P,), detached; NaN where an example has no such number
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Loss:
 
 
 def loss(function: Callable[..., Scored] | None = None, **options: Any) -> Callable[..., Any]:
-    """Register a function as a loss: `@loss` or `@loss(learning_rate=…, weigh_by=…, whole_batch=…, prompt_when=…)`.
+    """Register a function as a loss: `@loss` or `@loss(learning_rate=…, weigh_by=…, whole_batch=…, …)`.
 
     The options are those of `signatures.Signature`. Raises RecipeError, when its file is imported, if the function
     asks for data that nobody supplies.
@@ -50,13 +54,19 @@ def loss(function: Callable[..., Scored] | None = None, **options: Any) -> Calla
     return register(function) if function else register
 
 
-def find(method: str) -> Loss:
-    """The loss that a recipe's `method` names. Raises RecipeError if there is none."""
-    signature = signatures.find(method)
-    name = "lite.loss.losses" if signature.path == signatures.LOSSES else f"_lite_loss_{abs(hash(signature.path))}"
+def of(signature: signatures.Signature) -> Loss:
+    """The loss of a signature, its file imported."""
+    if signature.path.parent == signatures.LOSSES:
+        module = importlib.import_module(f"lite.loss.losses.{signature.path.stem}")
+        return Loss(signature, getattr(module, signature.name))
+    name = f"_lite_loss_{abs(hash(signature.path))}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, signature.path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     return Loss(signature, getattr(sys.modules[name], signature.name))
+
+
+def find(method: str) -> Loss:
+    """The loss that a recipe's `method` names. Raises RecipeError if there is none."""
+    return of(signatures.find(method))

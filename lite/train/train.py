@@ -283,7 +283,7 @@ def _save_adapter(work: Work, folder: Path) -> None:
 def _loss_identity(recipe: Recipe) -> str | None:
     """A digest of the file of a loss of the user's own; None for lite's, of which the environment tells the version."""
     path = recipe.signature.path
-    return None if path == signatures.LOSSES else hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+    return None if path.parent == signatures.LOSSES else hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
 
 
 def _model_identity(recipe: Recipe, model: PeftModel) -> dict[str, Any]:

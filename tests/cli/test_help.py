@@ -51,7 +51,7 @@ def test_every_panel_of_the_recipe_is_there_once(
         assert lines.count(panel) == 1
 
 
-@pytest.mark.parametrize("method", list(signatures.read(signatures.LOSSES)))
+@pytest.mark.parametrize("method", list(signatures.registered()))
 def test_the_losss_own_learning_rate_is_shown(
     method: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -60,7 +60,7 @@ def test_what_a_flag_means(line: str, key: str, value: object) -> None:
 
 
 def test_every_setting_has_a_flag_and_every_flag_a_setting() -> None:
-    for signature in signatures.read(signatures.LOSSES).values():
+    for signature in signatures.registered().values():
         settings = list(options.settings(signature))
         keys = [setting.key for setting in settings]
         assert keys == [*signature.hyperparameters, *(key for key in Recipe.model_fields if key != "method")]

@@ -7,7 +7,7 @@ import torch
 
 from lite.loss import registry
 from lite.loss.logps import Logps
-from lite.loss.losses import cpo, log1mexp, orpo, sft, simpo
+from lite.loss.losses.likelihood import cpo, log1mexp, orpo, sft, simpo
 
 
 def logps(*totals_and_lengths: tuple[float, int], dtype: torch.dtype = torch.float64) -> Logps:

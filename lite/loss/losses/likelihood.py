@@ -1,8 +1,4 @@
-"""The losses: pure functions of Logps, one per method; the function's name is the verb of the command line.
-
-Positional parameters are data, keyword-only ones hyperparameters (`lite/signatures.py`); the docstring's
-`name: …` lines are their help. Sums over tokens are `total`, averages `mean`; σ is the logistic function.
-"""
+"""Losses without a reference: the likelihood itself, and what pairs say about it."""
 
 import math
 from typing import Literal

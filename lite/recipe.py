@@ -6,14 +6,15 @@ signature owns; `recipe.hyperparameters` is all of them, set or default. Precede
 
 from collections.abc import Mapping
 from pathlib import Path, PurePath
-from typing import Any, Literal, NamedTuple, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
-from lite import flat_yaml, signatures, spellings
+from lite import flat_yaml, hyperparameters, signatures
 from lite.errors import RecipeError, raise_collected
 from lite.flat_yaml import read as read_yaml
+from lite.misfits import Problem, misfits
 
 __all__ = [
     "BUNDLED",
@@ -46,6 +47,9 @@ class Recipe(BaseModel):
     )
 
     method: str = setting("orpo", "The loss: a registered one, or file.py:function.", panel="Method")
+    loss: str | None = setting(
+        None, "Losses to sum, the verb's among them: dpo:1.0,sft:0.2; then --dpo.beta and so on.", panel="Method"
+    )
 
     model: str = setting(BUNDLED, "A folder, a hub name, an alias such as qwen-14b, or `bundled`.", panel="Model")
     revision: str | None = setting(None, "Branch, tag or commit of the model on the hub.", panel="Model")
@@ -79,6 +83,27 @@ class Recipe(BaseModel):
     adapter: str | None = setting(None, "Folder of an adapter to go on from.", panel="Adapter")
     run: str | None = setting(None, "Finished run whose adapter to go on from.", panel="Adapter")
 
+    ref: str | None = setting(
+        None, "Another model as the reference: a folder, hub name or alias; without it the start.", panel="Reference"
+    )
+    ref_adapter: str | None = setting(None, "Folder of an adapter on --ref.", panel="Reference")
+    ref_load_in_4bit: bool = setting(False, "Quantise --ref to NF4.", panel="Reference", flag="--ref-4bit")
+    ref_columns: bool = setting(
+        False, "Take the data's own ref_chosen_logps and ref_rejected_logps as they are.", panel="Reference"
+    )
+    refresh_reference: int | None = setting(
+        None, "The policy becomes the reference every so many steps (TR-DPO).", panel="Reference", unit="steps", ge=1
+    )
+    top_k: int = setting(
+        64,
+        "Words of the reference's distribution kept for each token, by a loss that learns from it.",
+        panel="Reference",
+        ge=1,
+    )
+    cache: str | None = setting(
+        None, "Folder of the reference's log-probs; without it the user's cache folder.", panel="Reference"
+    )
+
     data: str = setting(BUNDLED, "JSONL, JSON, CSV or Parquet file, or `-` for JSONL on stdin.", panel="Data")
     eval_data: str | None = setting(
         None, "Held-out rows; without it min(5 %, 200) rows, chosen by content.", panel="Data"
@@ -88,6 +113,9 @@ class Recipe(BaseModel):
     chat_template: str = setting("auto", "auto: the model's own; none: plain text; or a Jinja file.", panel="Data")
     max_length: int = setting(2048, "Longest prompt and completion together.", panel="Data", unit="tokens", ge=8)
     skip_bad_rows: bool = setting(False, "Go on without unreadable rows; they are listed in the run.", panel="Data")
+    safety: float = setting(
+        0.0, "Extra weight of pairs whose rejected completion is marked `unsafe`.", panel="Data", ge=0
+    )
     allow_dropped: bool = setting(False, "Go on though more than 5 % of the rows are too long.", panel="Data")
 
     num_train_epochs: float = setting(1.0, "Passes over the data.", panel="Training", gt=0)
@@ -95,6 +123,9 @@ class Recipe(BaseModel):
     batch_size: int = setting(16, "Examples per optimizer step, however they are laid out.", panel="Training", ge=1)
     learning_rate: float | None = setting(
         None, "Peak learning rate; without it the loss's own.", panel="Training", gt=0
+    )
+    scalar_learning_rate: float = setting(
+        1e-2, "Peak rate of the loss's own trained numbers, such as gamma_dpo's gamma.", panel="Training", gt=0
     )
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = setting(
         "cosine", "Course of the learning rate; constant has no warm-up.", panel="Training"
@@ -136,7 +167,7 @@ class Recipe(BaseModel):
 
     def __init__(self, **values: Any) -> None:
         values = {key: str(value) if isinstance(value, PurePath) else value for key, value in values.items()}
-        found = _misfits(values)
+        found = misfits(values, Recipe.model_fields)
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -152,7 +183,7 @@ class Recipe(BaseModel):
     @property
     def signature(self) -> signatures.Signature:
         """The loss's signature."""
-        return signatures.find(self.method)
+        return signatures.find(self.method, self.loss)
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
@@ -175,20 +206,13 @@ class Recipe(BaseModel):
         path.write_text(flat_yaml.dump(self.resolved()), encoding="utf-8")
 
 
-class Problem(NamedTuple):
-    """Why a setting cannot be used: `key` as it was written, and the rest of the line."""
-
-    key: str
-    text: str
-
-
 def problems(values: Mapping[str, Any]) -> list[Problem]:
     """Everything for which `Recipe(**values)` would raise, so that a caller can name each setting as the user did."""
     try:
         BaseModel.__init__(Recipe.__new__(Recipe), **values)
     except ValidationError as error:
-        return [*_wrong_values(error), *_misfits(values)]
-    return _misfits(values)
+        return [*_wrong_values(error), *misfits(values, Recipe.model_fields)]
+    return misfits(values, Recipe.model_fields)
 
 
 def load(path: Path | None = None, **overrides: Any) -> Recipe:
@@ -202,7 +226,7 @@ def expected(field: FieldInfo) -> str:
     kind = kinds[0] if type(None) in get_args(field.annotation) else field.annotation
     if get_origin(kind) is Literal:
         return f"one of {', '.join(get_args(kind))}"
-    words = [signatures.WORDS.get(kind, "pairs such as prompt=question (in a recipe, `prompt: question`)")]
+    words = [hyperparameters.WORDS.get(kind, "pairs such as prompt=question (in a recipe, `prompt: question`)")]
     for limit in field.metadata:
         for name, word in (("ge", "at least"), ("gt", "above"), ("lt", "below"), ("le", "at most")):
             if hasattr(limit, name):
@@ -217,42 +241,3 @@ def _wrong_values(error: ValidationError) -> list[Problem]:
         key = str(detail["loc"][0])
         found.setdefault(key, Problem(key, f" = {detail['input']!r}: expected {expected(Recipe.model_fields[key])}."))
     return list(found.values())
-
-
-def _misfits(values: Mapping[str, Any]) -> list[Problem]:
-    """What no single field can tell: a loss or a key that does not exist, and settings that exclude each other."""
-    found = []
-    if values.get("load_in_4bit") is True and values.get("load_in_8bit") is True:
-        found.append(
-            Problem("load_in_4bit", " = True beside load_in_8bit = True: a base is quantised once. Take one of them.")
-        )
-    if values.get("lr_scheduler_type") == "constant" and values.get("warmup_ratio"):
-        text = f" = {values['warmup_ratio']!r}: the constant schedule has no warm-up. Take constant_with_warmup."
-        found.append(Problem("warmup_ratio", text))
-    if values.get("adapter") and values.get("run"):
-        found.append(Problem("adapter", " beside run: both name an adapter to go on from. Take one of them."))
-    method = values.get("method", Recipe.model_fields["method"].default)
-    if not isinstance(method, str):
-        return found
-    try:
-        hyperparameters = signatures.find(method).hyperparameters
-    except RecipeError as error:
-        return [*found, Problem("method", str(error).removeprefix("method"))]
-    for key in hyperparameters.keys() & Recipe.model_fields.keys():
-        found.append(Problem(key, f": a setting of every run, so {method} cannot have a hyperparameter of this name."))
-    for key in values.keys() - Recipe.model_fields.keys():
-        if key not in hyperparameters:
-            found.append(Problem(key, _unknown(key, method)))
-        elif problem := hyperparameters[key].problem(values[key]):
-            found.append(Problem(key, problem.removeprefix(key)))
-    return sorted(found)
-
-
-def _unknown(key: str, method: str) -> str:
-    known = [*Recipe.model_fields, *signatures.find(method).hyperparameters]
-    text = f": no such setting of {method}."
-    if ours := spellings.foreign(key, known):
-        field = Recipe.model_fields.get(ours)
-        return f"{text} lite calls it {ours}" + (f": {field.description}" if field else ".")
-    near = spellings.nearest(key, known)
-    return text + (f" Did you mean {near}?" if near else f" See `lite {method} --help`.")

@@ -19,8 +19,8 @@ ROOT = Path(__file__).parent.parent
 LITE = ROOT / "lite"
 FILES = sorted(path for path in LITE.rglob("*.py") if "__pycache__" not in path.parts)
 # Reading order: a file imports from its own room and from those before it. The bundled example imports nothing of lite.
-ROOMS = ["bundled", "errors", "spellings", "flat_yaml", "signatures", "recipe", "loss", "data", "model", "memory"]
-ROOMS += ["engine", "train", "cli"]
+ROOMS = ["bundled", "errors", "spellings", "flat_yaml", "hyperparameters", "signatures", "misfits", "recipe"]
+ROOMS += ["loss", "data", "model", "memory", "engine", "reference", "train", "cli"]
 # Third-party packages by the first room that may have them; `cli` adds its own and takes none of the machine's.
 MATHEMATICS = {"torch"}
 DATA = MATHEMATICS | {"transformers", "tokenizers", "jinja2", "pyarrow"}
@@ -29,13 +29,16 @@ PACKAGES = {
     "errors": set(),
     "spellings": set(),
     "flat_yaml": {"yaml"},
+    "hyperparameters": set(),
     "signatures": set(),
+    "misfits": {"pydantic"},
     "recipe": {"pydantic", "yaml"},
     "loss": MATHEMATICS | {"liger_kernel", "triton"},
     "data": DATA,
     "model": MACHINE | {"flash_attn"},
     "memory": MACHINE,
     "engine": MACHINE,
+    "reference": MACHINE | {"xxhash"},
     "train": MACHINE,
     "cli": {"typer", "rich"},
     "bundled": MACHINE,  # make.py trains the tiny model
@@ -44,7 +47,8 @@ PACKAGES = {
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "base", "manager", "misc"}
 LONGEST = 300  # lines
 # Drawn before they are read; when the last room stands this is empty, and a setting that nothing reads is a fault.
-NOT_YET_READ: set[str] = set()
+NOT_YET_READ: set[str] = {"loss", "ref", "ref_adapter", "ref_load_in_4bit", "ref_columns", "refresh_reference", "top_k"}
+NOT_YET_READ |= {"cache", "safety", "scalar_learning_rate"}
 
 
 def room(path: Path) -> str:
@@ -107,7 +111,9 @@ def test_packages_stand_where_they_are_needed(path: Path) -> None:
 )
 def test_what_help_needs_imports_no_torch(path: Path) -> None:
     """Nor any room that has it: those are imported inside the function that trains."""
-    heavy = {"torch", "transformers", "peft", "bitsandbytes"} | {f"lite.{name}" for name in ROOMS[6:-1]}
+    heavy = {"torch", "transformers", "peft", "bitsandbytes"} | {
+        f"lite.{name}" for name in ROOMS[ROOMS.index("loss") : -1]
+    }
     wrong = [name for _, name in imports(path, module_level=True) if {name, name.split(".")[0]} & heavy]
     wrong += [name for _, name in imports(path, module_level=True) if ".".join(name.split(".")[:2]) in heavy]
     assert not wrong

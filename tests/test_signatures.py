@@ -6,6 +6,7 @@ import pytest
 
 from lite import signatures
 from lite.errors import RecipeError
+from lite.hyperparameters import Hyperparameter
 
 LOSS = '''
 from lite.loss.registry import Scored, loss
@@ -86,11 +87,11 @@ def test_what_cannot_be_a_loss_is_refused_with_its_line(function: str, problem: 
 
 
 def test_a_hyperparameter_takes_its_own_type_only() -> None:
-    beta = signatures.Hyperparameter("beta", float, 0.1, "")
+    beta = Hyperparameter("beta", float, 0.1, "")
     assert beta.problem(1) is None
     for value in ("1", True, float("nan"), float("inf"), None):
         assert beta.problem(value) == f"beta = {value!r}: expected a number."
-    flag = signatures.Hyperparameter("flag", bool, False, "")
+    flag = Hyperparameter("flag", bool, False, "")
     assert flag.problem(True) is None
     assert flag.problem(1) == "flag = 1: expected true or false."
 

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
+from lite.hyperparameters import Hyperparameter
 from lite.recipe import Recipe, expected
-from lite.signatures import Hyperparameter, Signature
+from lite.signatures import Signature
 
 NAMES = {int: "INTEGER", float: "NUMBER", bool: "", str: "TEXT", dict: "KEY=NAME,…"}
 

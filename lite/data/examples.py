@@ -29,6 +29,9 @@ class Preference:
     rejected: Text
     place: Place
     weight: float = 1.0
+    margin: float | None = None  # by how much chosen is better, in the row's own units
+    unsafe: bool = False  # whether rejected is marked as such
+    ref_totals: tuple[float, float] | None = None  # log p of chosen and of rejected under the row's own reference
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,12 @@ class TokenExample:
     """An example as token ids: every completion follows the same prompt and ends in its end-of-turn token."""
 
     prompt: tuple[int, ...]
-    completions: tuple[tuple[int, ...], ...]  # (chosen, rejected) of a pair, else one
+    completions: tuple[tuple[int, ...], ...]  # (chosen, rejected); one; or one and another row's, for KTO's KL
     place: Place
     weight: float = 1.0
     label: bool | None = None  # of an UnpairedPreference
+    margin: float | None = None  # of a Preference whose row has one
+    ref_totals: tuple[float, ...] | None = None  # log p of each completion under the row's own reference, nats
 
     @property
     def longest(self) -> int:

@@ -21,11 +21,13 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from lite import signatures
 from lite.data.examples import Place, TokenExample
-from lite.data.packs import Layout, lay_out
+from lite.data.packing import lay_out
+from lite.data.packs import Layout
 from lite.engine.forward import Path as ComputePath
-from lite.engine.step import Objective, backward
-from lite.loss import registry
+from lite.engine.objective import Objective
+from lite.engine.step import backward
 from lite.memory.checkpoint import checkpoint_layers
 from lite.model import adapters, catalog, load
 from lite.model.attention import install, plain_attention
@@ -86,8 +88,8 @@ def random_example(prompt: int, chosen: int, rejected: int, vocabulary: int) -> 
 
 def lite_step(model: nn.Module, example: TokenExample, path: ComputePath) -> Callable[[], None]:
     """One step of lite: a pack forward and backward, and the update."""
-    loss = registry.find("orpo")
-    objective = Objective(loss, {h.name: h.default for h in loss.signature.hyperparameters.values()})
+    loss = signatures.find("orpo")
+    objective = Objective.of(loss, {h.name: h.default for h in loss.hyperparameters.values()})
     batch = lay_out([example], Layout(("chosen", "rejected")))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
 

@@ -9,11 +9,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from lite.data.packs import lay_out
+from lite.data.packing import lay_out
 from lite.data.prepare import prepare
 from lite.engine.layout import layout_of, path_of
-from lite.engine.step import Objective, backward
-from lite.loss import registry
+from lite.engine.objective import Objective
+from lite.engine.step import backward
 from lite.memory.checkpoint import checkpoint_layers
 from lite.model import adapters, load
 from lite.model.attention import install
@@ -31,7 +31,7 @@ def floor(recipe: Recipe) -> dict[str, Any]:
         checkpoint_layers(model)
     examples = prepare(recipe, load.load_tokenizer(recipe)).train[: recipe.batch_size]
     batch = lay_out(examples, layout_of(recipe, model))
-    objective = Objective(registry.find(recipe.method), recipe.hyperparameters)
+    objective = Objective.of(recipe.signature, recipe.hyperparameters)
 
     def step() -> None:
         backward(model, batch, objective, path_of(recipe))

@@ -80,11 +80,6 @@ class Signature:
         """Whether it learns from the reference's distribution over words."""
         return "expected" in self.data
 
-    @property
-    def purity(self) -> bool:
-        """Whether it asks how sure the policy is at each token."""
-        return any(name.endswith("_purity") for name in self.data)
-
     def scores_prompt(self, hyperparameters: Mapping[str, Any]) -> bool:
         """Whether the prompt's own tokens are scored under these hyperparameters."""
         if self.terms:

@@ -1,15 +1,18 @@
 """Left of the waist: a pack through the model, to the Logps of each role."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lite.data.packs import Pack
-from lite.loss.head import token_logps
+from lite.data.packs import EXPECTED, Pack
+from lite.loss.head import logps_and_purity, token_logps
 from lite.loss.logps import Logps
+from lite.loss.soft import soft_logps
 from lite.model import rotary
 from lite.model.branches import BranchTable, Implementation
 from lite.model.head import backbone, head_of
@@ -38,14 +41,46 @@ def scored_hidden(model: Model, pack: Pack, path: Path) -> Tensor:
     return output.last_hidden_state.flatten(0, 1)[pack.score_at]
 
 
-def scored_tokens(model: Model, pack: Pack, path: Path) -> Tensor:
-    """Log-probability of each scored token, (N,) float32, nats, in the order of `pack.labels`."""
-    return token_logps(scored_hidden(model, pack, path), head_of(model), pack.labels, chunk_tokens=path.chunk_tokens)
+class Tokens(NamedTuple):
+    """What the policy says of each scored token of a pack, in the order of `pack.labels`."""
+
+    logps: Tensor  # (N,) float32, nats; of the role `expected` averaged over the reference's words
+    purity: Tensor | None = None  # (N,) float32: log Σ p² over the vocabulary, without gradient
+
+
+def scored_tokens(model: Model, pack: Pack, path: Path) -> Tokens:
+    """Every scored token of a pack through model and head."""
+    hidden, head, chunk = scored_hidden(model, pack, path), head_of(model), path.chunk_tokens
+    hard = len(pack.labels) if pack.soft is None else pack.roles[EXPECTED].start
+    parts, purity = [], None
+    if hard and pack.purity:
+        logps, purity = logps_and_purity(hidden[:hard], head, pack.labels[:hard], chunk_tokens=chunk)
+        parts.append(logps)
+    elif hard:
+        parts.append(token_logps(hidden[:hard], head, pack.labels[:hard], chunk_tokens=chunk))
+    if pack.soft is not None:
+        parts.append(soft_logps(hidden[hard:], head, pack.soft, chunk_tokens=chunk))
+    return Tokens(parts[0] if len(parts) == 1 else torch.cat(parts), purity)
 
 
 def by_role(tokens: Tensor, pack: Pack) -> dict[str, Logps]:
     """The Logps of each role, sliced from a pack's scored tokens."""
     return {name: Logps(tokens[role.start : role.stop], role.offsets) for name, role in pack.roles.items()}
+
+
+def gather(tokens: Sequence[Tensor], packs: Sequence[Pack]) -> dict[str, Logps]:
+    """The Logps of each role over all packs of a batch, in the order of its examples."""
+    found: dict[str, list[tuple[int, Tensor, int]]] = {}
+    for of_pack, pack in zip(tokens, packs, strict=True):
+        for name, role in pack.roles.items():
+            parts = of_pack[role.start : role.stop].split(role.lengths)
+            found.setdefault(name, []).extend(zip(role.examples, parts, role.lengths, strict=True))
+    together = {}
+    for name, parts in found.items():
+        _, in_order, lengths = zip(*sorted(parts, key=lambda part: part[0]), strict=True)
+        offsets = torch.tensor([0, *lengths]).cumsum(0).to(in_order[0].device, non_blocking=True)
+        together[name] = Logps(torch.cat(in_order), offsets)
+    return together
 
 
 def device_of(model: Model) -> torch.device:

@@ -1,6 +1,6 @@
 """The layout that a recipe, its loss and the model ask for."""
 
-from lite.data.packs import Layout
+from lite.data.packs import EXPECTED, Layout
 from lite.engine.forward import Model, Path
 from lite.model.head import unwrapped
 from lite.model.rotary import regimes
@@ -12,9 +12,8 @@ def layout_of(recipe: Recipe, model: Model) -> Layout:
     signature, rotary = recipe.signature, regimes(unwrapped(model).config)
     return Layout(
         completions=signature.completions,
+        scores=_scores(recipe),
         tokens_per_pack=recipe.tokens_per_pack,
-        weigh_by=signature.weigh_by,
-        score_prompt=signature.scores_prompt(recipe.hyperparameters),
         padded=recipe.attn_implementation == "padded",
         split_pairs=recipe.split_pairs,
         rotary_bound=rotary.bound,
@@ -26,3 +25,13 @@ def path_of(recipe: Recipe) -> Path:
     """How packs are computed in this run."""
     attention = "auto" if recipe.attn_implementation == "padded" else recipe.attn_implementation
     return Path(recipe.chunk_tokens, attention)
+
+
+def _scores(recipe: Recipe) -> tuple[str, ...]:
+    """What the loss looks at: a completion whose every word is learnt from the reference needs no label's log-prob."""
+    signature = recipe.signature
+    only_soft = signature.soft and not {"chosen", "completion"} & set(signature.data)
+    scores = () if only_soft else signature.completions
+    prompt = ("prompt",) if signature.scores_prompt(recipe.hyperparameters) else ()
+    purity = [name for name in signature.data if name.endswith("_purity")]
+    return (*scores, *prompt, *purity, *((EXPECTED,) if signature.soft else ()))

@@ -5,9 +5,11 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from lite.data.examples import TokenExample
-from lite.data.packs import Batch, Layout, lay_out
-from lite.engine.forward import Model, Path, device_of, scored_tokens
-from lite.engine.step import Objective, gather, measure
+from lite.data.packing import lay_out
+from lite.data.packs import Batch, Layout
+from lite.engine.forward import Model, Path, device_of, gather, scored_tokens
+from lite.engine.objective import Objective
+from lite.engine.step import measure, total
 from lite.loss.logps import Logps
 
 
@@ -18,24 +20,22 @@ def evaluate(
     path: Path,
     done: Callable[[int], None] = lambda _: None,
 ) -> dict[str, float]:
-    """`loss` and the loss's metrics, averaged over all examples of all batches with their weights; no gradient.
+    """`loss` and the loss's metrics, averaged over all examples with their weights; no gradient.
 
-    `done(count)` is called after each batch with the number of its examples.
+    batches: of `plan_evaluation`, whose shares are of the whole set. `done(count)` is called after each batch with the
+    number of its examples.
     """
-    sums: dict[str, float] = {}
-    weight = 0.0
+    found = []
     training = model.training
     model.eval()
     try:
         for batch in batches:
-            result = measure(model, batch, objective, path)
-            for name, value in {"loss": result.loss, **result.metrics}.items():
-                sums[name] = sums.get(name, 0.0) + float(value) * batch.weight
-            weight += batch.weight
+            found.append(measure(model, batch, objective, path))
             done(len(batch.places))
     finally:
         model.train(training)
-    return {name: value / weight for name, value in sums.items()}
+    sums = total(found)
+    return {name: float(value) for name, value in {"loss": sums.loss, **sums.averages}.items()}
 
 
 @torch.no_grad()
@@ -43,4 +43,4 @@ def logps(model: Model, examples: Sequence[TokenExample], layout: Layout, path: 
     """The Logps of each role, in the order of `examples`, on the model's device."""
     device = device_of(model)
     packs = [pack.to(device) for pack in lay_out(examples, layout).packs]
-    return gather([scored_tokens(model, pack, path) for pack in packs], packs)
+    return gather([scored_tokens(model, pack, path).logps for pack in packs], packs)

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from lite.data.examples import TokenExample
-from lite.data.packs import Layout, lay_out
+from lite.data.packing import lay_out
+from lite.data.packs import Layout
 from lite.engine import score
-from lite.engine.forward import Model, Path, device_of, scored_hidden
-from lite.engine.step import gather
+from lite.engine.forward import Model, Path, device_of, gather, scored_hidden
 from lite.errors import ModelError
 from lite.model import rotary
 from lite.model.attention import install, plain_attention
@@ -154,7 +154,7 @@ def _keep(base: Model, count: int) -> dict[str, int]:
 
 
 def _ours(model: Model, trials: Sequence[TokenExample], layout: Layout, path: Path) -> _Outcome:
-    layout = replace(layout, score_prompt=False)
+    layout = replace(layout, scores=None)
     logps = score.logps(model, trials, layout, path)
     packs = [pack.to(device_of(model)) for pack in lay_out(trials, layout).packs]
     hidden = gather([scored_hidden(model, pack, path) for pack in packs], packs)

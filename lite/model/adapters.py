@@ -102,6 +102,13 @@ def load(model: PeftModel, folder: Path) -> None:
             tensor.copy_(saved[name])
 
 
+def content(source: PeftModel | Path) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """What decides an adapter's numbers, of a live one or a saved one: its tensors, and its settings."""
+    if isinstance(source, PeftModel):
+        return _state(source), _settings(source.peft_config[source.active_adapter])
+    return _read(source), _settings(_saved_config(source))
+
+
 def trainable(model: PeftModel) -> str:
     """`0.5 % of weights trained`; a quantised weight counts as one."""
     trained, total = model.get_nb_trainable_parameters()

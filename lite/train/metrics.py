@@ -22,21 +22,22 @@ SPEED = "speed.jsonl"
 class Interval:
     """Sums over the steps since the last logged line; saved in checkpoints, for one may fall between two lines."""
 
-    steps: int = 0
     num_tokens: int = 0  # since step 0, not since the last line
     sums: dict[str, float] = field(default_factory=dict)
+    steps: dict[str, int] = field(default_factory=dict)  # that had the metric: a batch may hold no desirable row
 
     def add(self, values: Mapping[str, float], tokens: int) -> None:
         """Take in one step: its metrics and the tokens that it computed."""
-        self.steps += 1
         self.num_tokens += tokens
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
+            if name == "loss" or not math.isnan(value):
+                self.sums[name] = self.sums.get(name, 0.0) + value
+                self.steps[name] = self.steps.get(name, 0) + 1
 
     def averages(self) -> dict[str, float]:
-        """The mean of each metric over the steps, which are then forgotten."""
-        means = {name: total / self.steps for name, total in self.sums.items()}
-        self.steps, self.sums = 0, {}
+        """The mean of each metric over the steps that had it, which are then forgotten."""
+        means = {name: total / self.steps[name] for name, total in self.sums.items()}
+        self.steps, self.sums = {}, {}
         return means
 
 

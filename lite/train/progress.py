@@ -18,6 +18,9 @@ class Progress(Protocol):
     def note(self, message: str) -> None:
         """Something worth a line: a number, a fallback, what was skipped."""
 
+    def rows(self, done: int, total: int) -> None:
+        """So many of the stage's rows are done; called often, from the first one on."""
+
     def steps(self, total: int, done: int) -> None:
         """Training begins, or goes on, after `done` of `total` steps."""
 
@@ -47,6 +50,9 @@ class Quiet:
     def note(self, message: str) -> None:
         """Log it."""
         log.info("%s", message)
+
+    def rows(self, done: int, total: int) -> None:
+        """Nothing: the note at the stage's end says how many."""
 
     def steps(self, total: int, done: int) -> None:
         """Log where training begins."""

@@ -4,82 +4,25 @@ Resuming is the same story with fewer steps to go. Whatever a later part needs o
 by then, so that a run that was killed and resumed leaves what an undisturbed one leaves: on a CPU, bit for bit.
 """
 
-import functools
-import hashlib
-import logging
-import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from peft import PeftModel
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig
 
-from lite import signatures
-from lite.data.packs import Batch, Layout, plan_batches
-from lite.data.prepare import Prepared, prepare
 from lite.data.template import AUTO, NONE
-from lite.engine import layout, score, selfcheck
-from lite.engine.forward import Path as ForwardPath
-from lite.engine.step import Objective
 from lite.errors import RunError
-from lite.loss import registry
-from lite.memory.checkpoint import checkpoint_layers
-from lite.model import adapters, load
-from lite.model.attention import install
+from lite.model import adapters
 from lite.model.head import unwrapped
 from lite.recipe import Recipe
-from lite.train import checkpoints, failures, interrupt, machine, metrics, optimizer, run, samples, trackers
+from lite.train import checkpoints, failures, interrupt, machine, metrics, run, samples
 from lite.train.progress import Progress, Quiet
 from lite.train.run import Run
-from lite.train.trainer import Batches, Trainer, state
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Work:
-    """All that the steps need, ready to run."""
-
-    recipe: Recipe
-    tokenizer: PreTrainedTokenizerBase
-    data: Prepared
-    model: PeftModel
-    layout: Layout
-    path: ForwardPath
-    objective: Objective
-    progress: Progress
-
-    @property
-    def batches(self) -> Batches:
-        """Every step of the run, in order."""
-        epoch = functools.lru_cache(maxsize=1)(self._epoch)
-        steps_per_epoch = len(epoch(0))
-        steps = self.recipe.max_steps or math.ceil(self.recipe.num_train_epochs * steps_per_epoch)
-        return Batches(epoch, steps_per_epoch, steps)
-
-    def _epoch(self, number: int) -> Sequence[Batch]:
-        size, seed = self.recipe.batch_size, self.recipe.seed
-        return plan_batches(self.data.train, self.layout, batch_size=size, seed=seed, epoch=number)
-
-    def evaluate(self) -> dict[str, float]:
-        """Loss and metrics over the held-out rows."""
-        batches = plan_batches(self.data.held_out, self.layout, batch_size=self.recipe.batch_size)
-        return score.evaluate(self.model, batches, self.objective, self.path)
-
-    def identity(self) -> dict[str, Any]:
-        """What a resume must find unchanged."""
-        return {
-            "recipe": self.recipe.resolved(),
-            "steps": len(self.batches),
-            "data": self.data.digest,
-            "loss": _loss_identity(self.recipe),
-            "model": _model_identity(self.recipe, self.model),
-        }
+from lite.train.trainer import Trainer, state
+from lite.train.work import Work, loss_identity, read, set_up
 
 
 def train(recipe: Recipe, progress: Progress | None = None) -> Run:
@@ -88,11 +31,11 @@ def train(recipe: Recipe, progress: Progress | None = None) -> Run:
     Raises a LiteError for what the user can mend, and Interrupted, after a checkpoint, when asked by a signal to stop.
     """
     progress = progress or Quiet()
-    with _told(progress):
+    with _told(progress), ExitStack() as open_until:
         started = time.perf_counter()
         run.require_free(recipe)
         recipe = adapters.settle(recipe)
-        work = _set_up(recipe, *_read(recipe, progress), progress)
+        work = set_up(recipe, *read(recipe, progress), progress, open_until=open_until)
         folder = run.new_folder(recipe)
         # Not where it lies: so that the saved recipe, given to --recipe, makes a run of its own.
         work = replace(work, recipe=recipe.model_copy(update={"output_dir": None}))
@@ -112,7 +55,7 @@ def resume(folder: str | Path, max_steps: int | None = None, progress: Progress 
     returned as it is.
     """
     progress = progress or Quiet()
-    with _told(progress):
+    with _told(progress), ExitStack() as open_until:
         started = time.perf_counter()
         folder = Path(folder)
         recipe = run.opened(folder)
@@ -127,13 +70,13 @@ def resume(folder: str | Path, max_steps: int | None = None, progress: Progress 
             )
         with run.alone(folder), run.going_on(folder):
             longer = recipe if max_steps is None else recipe.model_copy(update={"max_steps": max_steps})
-            tokenizer, data = _read(longer, progress)
+            tokenizer, data = read(longer, progress)
             but = "max_steps" if max_steps is not None else ""
-            now = {"recipe": longer.resolved(), "data": data.digest, "loss": _loss_identity(longer)}
+            now = {"recipe": longer.resolved(), "data": data.digest, "loss": loss_identity(longer)}
             run.require_same(folder, now, but=but)
             start_adapter = folder / run.START_ADAPTER
             kept = start_adapter if start_adapter.is_dir() else None
-            work = _set_up(longer, tokenizer, data, progress, start_adapter=kept)
+            work = set_up(longer, tokenizer, data, progress, open_until=open_until, start_adapter=kept)
             run.require_same(folder, {"model": work.identity()["model"]})
             if max_steps is not None:
                 run.extend(folder, longer, work.identity())
@@ -150,48 +93,6 @@ def _told(progress: Progress) -> Iterator[None]:
         raise failures.no_room(error) from error
     finally:
         progress.close()
-
-
-def _read(recipe: Recipe, progress: Progress) -> tuple[PreTrainedTokenizerBase, Prepared]:
-    """The data, as token ids; nothing heavy yet."""
-    machine.require_one_process()
-    trackers.require(recipe)
-    optimizer.require(recipe, load.device(recipe))
-    progress.stage("reading the data" + (" from stdin" if "-" in (recipe.data, recipe.eval_data) else ""))
-    tokenizer = load.load_tokenizer(recipe)
-    data = prepare(recipe, tokenizer)
-    for line in data.ledger.lines():
-        progress.note(line)
-    return tokenizer, data
-
-
-def _set_up(
-    recipe: Recipe,
-    tokenizer: PreTrainedTokenizerBase,
-    data: Prepared,
-    progress: Progress,
-    *,
-    start_adapter: Path | None = None,
-) -> Work:
-    """Everything up to step 1; `start_adapter` stands in for the one that the recipe goes on from.
-
-    Nothing has been written yet, so a user's mistake leaves no folder behind.
-    """
-    progress.stage(f"loading {recipe.model}")
-    machine.make_ready(load.device(recipe))
-    here = recipe if start_adapter is None else recipe.model_copy(update={"adapter": str(start_adapter), "run": None})
-    model = adapters.attach(load.load_model(recipe), here)
-    if recipe.gradient_checkpointing:
-        checkpoint_layers(model)
-    objective = Objective(registry.find(recipe.method), recipe.hyperparameters)
-    path = layout.path_of(recipe)
-    chosen = layout.layout_of(recipe, model)
-    if recipe.self_check:
-        progress.stage("comparing with the plain model")
-        chosen = selfcheck.choose_layout(model, data.train, chosen, path)
-    else:
-        install(model, padded=chosen.padded)
-    return Work(recipe, tokenizer, data, model, chosen, path, objective, progress)
 
 
 def _write_start(work: Work, folder: Path) -> None:
@@ -212,6 +113,7 @@ def _carry_out(work: Work, folder: Path, checkpoint: Path | None, started: float
         recipe,
         batches,
         objective=work.objective,
+        scalars=work.scalars,
         path=work.path,
         evaluate=work.evaluate if work.data.held_out else None,
         folder=folder,
@@ -278,20 +180,3 @@ def _save_adapter(work: Work, folder: Path) -> None:
     settings = unwrapped(work.model).generation_config.to_dict() | {"eos_token_id": list(work.data.stop_ids)}
     settings.pop("_from_model_config", None)  # or a loader would take the model's own stop tokens over these
     GenerationConfig.from_dict(settings).save_pretrained(str(folder))
-
-
-def _loss_identity(recipe: Recipe) -> str | None:
-    """A digest of the file of a loss of the user's own; None for lite's, of which the environment tells the version."""
-    path = recipe.signature.path
-    return None if path.parent == signatures.LOSSES else hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
-
-
-def _model_identity(recipe: Recipe, model: PeftModel) -> dict[str, Any]:
-    """The model's name and, of a folder, the sizes of its files; of the hub, the commit."""
-    config = unwrapped(model).config
-    folder = Path(config.name_or_path)
-    if not folder.is_dir():
-        return {"name": recipe.model, "commit": config._commit_hash}
-    patterns = ("config.json", "*.safetensors", "*.bin")
-    files = sorted(path for pattern in patterns for path in folder.glob(pattern))
-    return {"name": recipe.model, "files": {path.name: path.stat().st_size for path in files}}

@@ -25,12 +25,14 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 from lite.data.packs import Batch
 from lite.engine import step
 from lite.engine.forward import Path as ForwardPath
+from lite.engine.objective import Objective
 from lite.model import adapters
 from lite.recipe import Recipe
 from lite.train import checkpoints, failures, machine, metrics, trackers
 from lite.train.interrupt import Request
 from lite.train.optimizer import optimizer
 from lite.train.progress import Progress
+from lite.train.scalars import Scalars
 from lite.train.schedule import schedule
 
 STATE = "lite.json"  # in a checkpoint: what lite adds to Trainer's own state
@@ -92,7 +94,8 @@ class Trainer(transformers.Trainer):
         recipe: Recipe,
         batches: Batches,
         *,
-        objective: step.Objective,
+        objective: Objective,
+        scalars: Scalars,
         path: ForwardPath,
         evaluate: Callable[[], dict[str, float]] | None,
         folder: Path,
@@ -102,7 +105,9 @@ class Trainer(transformers.Trainer):
         self.recipe = recipe
         self.batches = batches
         self.objective = objective
+        self.scalars = scalars
         self.path = path
+        self.split_told = False
         self.score = evaluate
         self.folder = folder
         self.progress = progress
@@ -134,13 +139,16 @@ class Trainer(transformers.Trainer):
             result = step.backward(model, inputs, self.objective, self.path)
         except torch.OutOfMemoryError as error:
             raise failures.out_of_memory(self.state.global_step + 1, inputs, error) from error
-        found = {"loss": result.loss, **result.metrics}
+        if inputs.spread and not self.split_told:
+            self.split_told = True
+            self.progress.note("pairs over tokens_per_pack are computed one completion at a time: the same gradient")
+        found = {"loss": result.loss, **result.averages}
         # One copy from the GPU, which waits for the step; a float64 sum is the same in whatever parts it is made.
         values = dict(zip(found, torch.stack([v.double() for v in found.values()]).tolist(), strict=True))
         self.current = inputs
         self._require_finite("loss", values["loss"], self.state.global_step + 1)
         self.interval.add(values, inputs.tokens)
-        self.latest = {**values, "tokens": inputs.tokens}
+        self.latest = {**{k: v for k, v in values.items() if not math.isnan(v)}, "tokens": inputs.tokens}
         return result.loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float:
@@ -189,7 +197,7 @@ class Trainer(transformers.Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The recipe's."""
         if self.optimizer is None:
-            self.optimizer = optimizer(self.model, self.recipe)
+            self.optimizer = optimizer(self.model, self.recipe, self.scalars)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
@@ -216,7 +224,12 @@ class Trainer(transformers.Trainer):
         self._save_rng_state(str(folder))
         self.state.save_to_json(str(folder / "trainer_state.json"))
         lengths = {name: metrics.size(self.folder / name) for name in (metrics.METRICS, metrics.SPEED)}
-        state = {"lengths": lengths, "interval": asdict(self.interval), "steps": len(self.batches)}
+        state = {
+            "lengths": lengths,
+            "interval": asdict(self.interval),
+            "steps": len(self.batches),
+            "scalars": self.scalars.state(),
+        }
         (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -224,6 +237,7 @@ class Trainer(transformers.Trainer):
         folder = Path(resume_from_checkpoint)
         adapters.load(self.model, folder)
         self.interval = metrics.Interval(**state(folder)["interval"])
+        self.scalars.restore(state(folder)["scalars"])
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Trainer's; and if the run has been made longer, the learning rate of the longer schedule from here on."""

@@ -5,8 +5,10 @@ from collections import Counter
 import pytest
 import torch
 
+from lite.data.batches import plan_batches
 from lite.data.examples import Place, TokenExample
-from lite.data.packs import Branch, Layout, lay_out, plan_batches
+from lite.data.packing import lay_out
+from lite.data.packs import Branch, Layout
 
 PAIR = TokenExample((10, 11, 12), ((20, 21), (30, 31, 32)), Place("pairs.jsonl", 1))
 SINGLE = TokenExample((10, 11), ((20, 21, 22),), Place("rows.jsonl", 1))
@@ -31,7 +33,7 @@ def test_a_pair_by_hand():
 
 
 def test_the_prompt_is_scored_from_its_second_token_by_hand():
-    (pack,) = lay_out([PAIR], Layout(CHOSEN_REJECTED, score_prompt=True)).packs
+    (pack,) = lay_out([PAIR], Layout(CHOSEN_REJECTED, scores=(*CHOSEN_REJECTED, "prompt"))).packs
     role = pack.roles["prompt"]
     assert pack.labels[role.start : role.stop].tolist() == [11, 12]
     assert pack.score_at[role.start : role.stop].tolist() == [0, 1]
@@ -60,18 +62,16 @@ def test_without_split_a_pair_over_the_budget_is_alone():
 def test_weights_by_hand():
     """By tokens: 3 and 2 × 1 → shares 3/5, 2/5; by examples with weights 1 and 3 → 1/4, 3/4."""
     other = TokenExample((1,), ((2,),), Place("rows.jsonl", 2), weight=2.0)
-    assert lay_out([SINGLE, other], Layout(("completion",), weigh_by="tokens")).share.tolist() == pytest.approx(
-        [0.6, 0.4]
-    )
+    assert lay_out([SINGLE, other], Layout(("completion",))).shares["tokens"].tolist() == pytest.approx([0.6, 0.4])
     third = TokenExample((1,), ((2,),), Place("rows.jsonl", 3), weight=3.0)
-    assert lay_out([SINGLE, third], Layout(("completion",))).share.tolist() == [0.25, 0.75]
+    assert lay_out([SINGLE, third], Layout(("completion",))).shares["examples"].tolist() == [0.25, 0.75]
 
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("budget", [8, 50, 100, 10_000])
 def test_every_completion_is_scored_once_within_the_budget(token_examples, padded: bool, budget: int):
     examples = token_examples()
-    batch = lay_out(examples, Layout(CHOSEN_REJECTED, budget, padded=padded))
+    batch = lay_out(examples, Layout(CHOSEN_REJECTED, tokens_per_pack=budget, padded=padded))
     found: Counter = Counter()
     for pack in batch.packs:
         assert pack.tokens <= budget or len(pack.examples) == 1
@@ -89,7 +89,7 @@ def test_every_completion_is_scored_once_within_the_budget(token_examples, padde
 
 def test_lengths_beyond_a_rotary_bound_are_never_mixed_with_shorter_ones(token_examples):
     """(40, 20, 60) straddles a bound of 64: its chosen goes with the short ones, its rejected alone."""
-    batch = lay_out(token_examples(), Layout(CHOSEN_REJECTED, 10_000, rotary_bound=64))
+    batch = lay_out(token_examples(), Layout(CHOSEN_REJECTED, tokens_per_pack=10_000, rotary_bound=64))
     longest = [int(pack.positions.max()) + 1 for pack in batch.packs]
     assert sorted(length > 64 for length in longest) == [False, True]
     assert batch.spread
@@ -97,7 +97,7 @@ def test_lengths_beyond_a_rotary_bound_are_never_mixed_with_shorter_ones(token_e
 
 def test_where_rotary_factors_grow_each_long_completion_is_alone():
     examples = [TokenExample((1,) * 5, ((2,) * 9, (3,) * 12), Place("p", i)) for i in range(2)]
-    batch = lay_out(examples, Layout(CHOSEN_REJECTED, 10_000, rotary_bound=10, rotary_grows=True))
+    batch = lay_out(examples, Layout(CHOSEN_REJECTED, tokens_per_pack=10_000, rotary_bound=10, rotary_grows=True))
     assert sorted(pack.tokens for pack in batch.packs) == [14, 14, 17, 17]
 
 
@@ -123,11 +123,13 @@ def test_batches_cover_every_example_once_and_are_drawn_by_seed_and_epoch(token_
 def test_an_unpaired_label_travels_with_its_pack():
     examples = [TokenExample((1,), ((2,),), Place("p", i), label=bool(i % 2)) for i in range(3)]
     (pack,) = lay_out(examples, Layout(("completion",))).packs
-    assert pack.desirable.tolist() == [False, True, False]
+    assert pack.columns["label"].tolist() == [False, True, False]
 
 
 def test_moving_a_pack_moves_every_tensor(token_examples):
-    (pack,) = lay_out(token_examples(), Layout(CHOSEN_REJECTED, score_prompt=True)).packs
+    (pack,) = lay_out(token_examples(), Layout(CHOSEN_REJECTED, scores=(*CHOSEN_REJECTED, "prompt"))).packs
     moved = pack.to(torch.device("meta"))
-    assert {t.device.type for t in (moved.ids, moved.positions, moved.score_at, moved.labels, moved.share)} == {"meta"}
+    assert {
+        t.device.type for t in (moved.ids, moved.positions, moved.score_at, moved.labels, moved.shares["tokens"])
+    } == {"meta"}
     assert {role.offsets.device.type for role in moved.roles.values()} == {"meta"}

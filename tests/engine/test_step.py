@@ -7,10 +7,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
+from lite import signatures
 from lite.data.examples import TokenExample
-from lite.data.packs import Layout, lay_out
+from lite.data.packing import lay_out
+from lite.data.packs import Layout
 from lite.engine.forward import Path
-from lite.engine.step import Objective, backward, measure
+from lite.engine.objective import Objective, Summand
+from lite.engine.step import backward, measure
 from lite.loss import registry
 from lite.loss.logps import Logps
 from lite.loss.registry import Loss, Scored
@@ -22,9 +25,13 @@ from lite.model.rotary import regimes
 ROLES = ("chosen", "rejected")
 
 
-def objective(name: str = "orpo", **hyperparameters: object) -> Objective:
-    loss = registry.find(name)
-    return Objective(loss, {**{h.name: h.default for h in loss.signature.hyperparameters.values()}, **hyperparameters})
+def objective(name: str = "orpo", losses: str | None = None, **hyperparameters: object) -> Objective:
+    signature = signatures.find(name, losses)
+    return Objective.of(signature, {k: h.default for k, h in signature.hyperparameters.items()} | hyperparameters)
+
+
+def alone(loss: Loss, hyperparameters: dict) -> Objective:
+    return Objective((Summand(loss, 1.0, {name: name for name in hyperparameters}),), hyperparameters)
 
 
 def coupled(chosen: Logps, rejected: Logps, *, beta: float = 0.5) -> Scored:
@@ -34,7 +41,7 @@ def coupled(chosen: Logps, rejected: Logps, *, beta: float = 0.5) -> Scored:
 
 
 WHOLE_BATCH = replace(registry.find("orpo").signature, whole_batch=True)
-COUPLED = Objective(Loss(replace(WHOLE_BATCH, data=ROLES), coupled), {"beta": 0.5})
+COUPLED = alone(Loss(replace(WHOLE_BATCH, data=ROLES), coupled), {"beta": 0.5})
 
 
 def outcome(model, examples, objective: Objective, chunk_tokens: int = 100, **layout) -> tuple[Tensor, list[Tensor]]:
@@ -43,6 +50,10 @@ def outcome(model, examples, objective: Objective, chunk_tokens: int = 100, **la
     model.zero_grad()
     loss = backward(model, lay_out(examples, layout), objective, Path(chunk_tokens)).loss
     return loss, [p.grad.clone() for p in model.parameters()]
+
+
+def scores(which: Objective) -> tuple[str, ...] | None:
+    return (*ROLES, "prompt") if which.hyperparameters.get("nll_over") == "sequence" else None
 
 
 def assert_same(one, other, tolerance: float) -> None:
@@ -71,9 +82,8 @@ def test_any_layout_gives_the_same_step_in_fp64(
     tiny_model, token_examples, architecture: str, which: Objective, layout: dict
 ):
     model, examples = tiny_model(architecture, dtype=torch.float64), token_examples()
-    layout = {**layout, "score_prompt": which.hyperparameters.get("nll_over") == "sequence"}
-    whole = outcome(model, examples, which, tokens_per_pack=10_000, score_prompt=layout["score_prompt"])
-    assert_same(whole, outcome(model, examples, which, **layout), 1e-10)
+    whole = outcome(model, examples, which, tokens_per_pack=10_000, scores=scores(which))
+    assert_same(whole, outcome(model, examples, which, scores=scores(which), **layout), 1e-10)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -106,7 +116,7 @@ def test_streaming_equals_two_passes(tiny_model, token_examples):
     """ORPO declared `whole_batch` goes through both passes; its gradient is that of streaming."""
     model, examples = tiny_model("qwen3", dtype=torch.float64), token_examples()
     streamed = objective()
-    two_pass = Objective(Loss(WHOLE_BATCH, streamed.loss.function), streamed.hyperparameters)
+    two_pass = alone(Loss(WHOLE_BATCH, streamed.summands[0].loss.function), streamed.hyperparameters)
     assert_same(
         outcome(model, examples, streamed, tokens_per_pack=60),
         outcome(model, examples, two_pass, tokens_per_pack=60),
@@ -150,7 +160,7 @@ def test_sft_is_the_token_mean_of_the_batch(tiny_model, token_examples):
     examples = [TokenExample(e.prompt, e.completions[:1], e.place) for e in token_examples()]
     install(model)
     for budget in (10_000, 20):
-        layout = Layout(("completion",), budget, weigh_by="tokens")
+        layout = Layout(("completion",), tokens_per_pack=budget)
         batch = lay_out(examples, layout)
         result = measure(model, batch, objective("sft"), Path())
         total = sum(
@@ -163,12 +173,12 @@ def test_sft_is_the_token_mean_of_the_batch(tiny_model, token_examples):
 def test_measure_reports_what_backward_reports(tiny_model, token_examples):
     model, examples = tiny_model("qwen3"), token_examples()
     install(model)
-    batch = lay_out(examples, Layout(ROLES, 90))
+    batch = lay_out(examples, Layout(ROLES, tokens_per_pack=90))
     one, other = backward(model, batch, objective(), Path()), measure(model, batch, objective(), Path())
     assert float(one.loss) == pytest.approx(float(other.loss), rel=1e-5)
     assert one.metrics.keys() == other.metrics.keys()
-    for name, value in one.metrics.items():
-        assert float(value) == pytest.approx(float(other.metrics[name]), rel=1e-5, abs=1e-6)
+    for name, value in one.averages.items():
+        assert float(value) == pytest.approx(float(other.averages[name]), rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("which", OBJECTIVES.values(), ids=OBJECTIVES.keys())
@@ -185,7 +195,7 @@ def test_adapters_take_the_same_step_in_any_layout(tiny_model, token_examples, w
     lora.replace_forward(adapted)
 
     def step(**layout: object) -> tuple[Tensor, list[Tensor]]:
-        made = Layout(ROLES, score_prompt=which.hyperparameters.get("nll_over") == "sequence", **layout)
+        made = Layout(ROLES, scores=scores(which), **layout)
         install(adapted, padded=made.padded)
         adapted.zero_grad()
         loss = backward(adapted, lay_out(examples, made), which, Path(13)).loss

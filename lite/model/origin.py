@@ -1,0 +1,42 @@
+"""Where a model's numbers come from: the folder of its files, how they are quantised, the dtype that computes."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from huggingface_hub import try_to_load_from_cache
+
+from lite.model import catalog
+from lite.model.load import compute_dtype
+from lite.recipe import Recipe
+
+
+class Origin(NamedTuple):
+    """What decides a model's log-probs beside its adapter."""
+
+    folder: Path
+    quantisation: str  # none, nf4, int8, or what a quantised checkpoint says of itself
+    dtype: str
+
+
+def origin(recipe: Recipe) -> Origin | None:
+    """Of the recipe's base model, without loading it; None if its files are not on this machine."""
+    folder = folder_of(recipe)
+    if folder is None:
+        return None
+    stored = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+    asked = "nf4" if recipe.load_in_4bit else "int8" if recipe.load_in_8bit else "none"
+    quantisation = asked if stored is None else json.dumps(stored, sort_keys=True)
+    return Origin(folder, quantisation, str(compute_dtype(recipe)).removeprefix("torch."))
+
+
+def folder_of(recipe: Recipe) -> Path | None:
+    """The folder of the model's files: its own, or the hub's copy of it on this machine, if there is one."""
+    name = catalog.resolve(recipe.model)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder.resolve() if (folder / "config.json").is_file() else None
+    if name.count("/") != 1:
+        return None
+    config = try_to_load_from_cache(name, "config.json", revision=recipe.revision)
+    return Path(config).parent if isinstance(config, str) else None

@@ -1,0 +1,176 @@
+"""Work: all that the steps of a run need, made ready from its recipe; nothing is written into the run's folder yet."""
+
+import functools
+import hashlib
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from lite import signatures
+from lite.data import balance
+from lite.data.batches import Batches as EpochBatches
+from lite.data.batches import plan_batches, plan_evaluation
+from lite.data.examples import TokenExample
+from lite.data.packs import Layout, Reference
+from lite.data.prepare import Prepared, prepare
+from lite.engine import layout, score, selfcheck
+from lite.engine.forward import Path as ForwardPath
+from lite.engine.objective import Objective
+from lite.memory.checkpoint import checkpoint_layers
+from lite.model import adapters, load
+from lite.model.attention import install
+from lite.model.head import unwrapped
+from lite.recipe import Recipe
+from lite.reference import precompute
+from lite.reference.lookup import Cached, FromColumns
+from lite.reference.store import Store
+from lite.train import machine, optimizer, trackers
+from lite.train.progress import Progress
+from lite.train.scalars import Scalars
+from lite.train.trainer import Batches
+
+
+@dataclass(frozen=True)
+class Work:
+    """All that the steps need, ready to run."""
+
+    recipe: Recipe
+    tokenizer: PreTrainedTokenizerBase
+    data: Prepared
+    model: PeftModel
+    layout: Layout
+    path: ForwardPath
+    objective: Objective
+    scalars: Scalars
+    reference: Reference | None
+    progress: Progress
+
+    @property
+    def batches(self) -> Batches:
+        """Every step of the run, in order."""
+        epoch = functools.lru_cache(maxsize=1)(self._epoch)
+        return Batches(epoch, len(epoch(0)), planned_steps(self.recipe, self.data))
+
+    def _epoch(self, number: int) -> EpochBatches:
+        size, seed = self.recipe.batch_size, self.recipe.seed
+        return plan_batches(
+            self.data.train, self.layout, batch_size=size, seed=seed, epoch=number, reference=self.reference
+        )
+
+    def evaluate(self) -> dict[str, float]:
+        """Loss and metrics over the held-out rows."""
+        size = self.recipe.batch_size
+        batches = plan_evaluation(self.data.held_out, self.layout, batch_size=size, reference=self.reference)
+        return score.evaluate(self.model, batches, self.objective, self.path)
+
+    def identity(self) -> dict[str, Any]:
+        """What a resume must find unchanged."""
+        return {
+            "recipe": self.recipe.resolved(),
+            "steps": planned_steps(self.recipe, self.data),
+            "data": self.data.digest,
+            "loss": loss_identity(self.recipe),
+            "model": _model_identity(self.recipe, self.model, self.reference),
+        }
+
+
+def read(recipe: Recipe, progress: Progress) -> tuple[PreTrainedTokenizerBase, Prepared]:
+    """The data, as token ids; nothing heavy yet."""
+    machine.require_one_process()
+    trackers.require(recipe)
+    optimizer.require(recipe, load.device(recipe))
+    progress.stage("reading the data" + (" from stdin" if "-" in (recipe.data, recipe.eval_data) else ""))
+    tokenizer = load.load_tokenizer(recipe)
+    data = prepare(recipe, tokenizer)
+    for line in data.ledger.lines():
+        progress.note(line)
+    weights = [recipe.hyperparameters.get(f"{kind}_weight") for kind in ("desirable", "undesirable")]
+    if None not in weights and (advised := balance.advice(data.train, *weights)):
+        progress.note(advised)
+    return tokenizer, data
+
+
+def set_up(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Prepared,
+    progress: Progress,
+    *,
+    open_until: ExitStack,
+    start_adapter: Path | None = None,
+) -> Work:
+    """Everything up to step 1; `start_adapter` stands in for the one that the recipe goes on from.
+
+    The reference's log-probs are in the cache when this returns, which stays open until `open_until` closes. No run has
+    been written yet, so a user's mistake leaves no folder behind.
+    """
+    here = recipe if start_adapter is None else recipe.model_copy(update={"adapter": str(start_adapter), "run": None})
+    compares = recipe.signature.reference and not recipe.ref_columns
+    store = open_until.enter_context(Store.open(Path(recipe.cache) if recipe.cache else None)) if compares else None
+    examples = [*needed(recipe, data), *data.held_out] if store else []
+    filled = None
+    if store and recipe.ref is not None:
+        filled = precompute.by_model(recipe, store, examples, tokenizer, progress.rows, progress.stage)
+    progress.stage(f"loading {recipe.model}")
+    machine.make_ready(load.device(recipe))
+    model = adapters.attach(load.load_model(recipe), here)
+    if recipe.gradient_checkpointing:
+        checkpoint_layers(model)
+    path, chosen = layout.path_of(recipe), layout.layout_of(recipe, model)
+    if recipe.self_check:
+        progress.stage("comparing with the plain model")
+        chosen = selfcheck.choose_layout(model, data.train, chosen, path)
+    else:
+        install(model, padded=chosen.padded)
+    if store and filled is None:
+        progress.stage("reading the reference's log-probs")
+        filled = precompute.by_policy(here, store, examples, model, chosen, path, progress.rows)
+    reference: Reference | None = FromColumns() if recipe.ref_columns else None
+    if store and filled:
+        progress.note(f"reference: {filled.computed} rows computed, {filled.reused} found in {store.file}")
+        reference = Cached(store, filled.identity, precompute.wanted_words(recipe))
+    scalars = Scalars.of(recipe, model.device)
+    objective = Objective.of(recipe.signature, recipe.hyperparameters, scalars.values)
+    return Work(recipe, tokenizer, data, model, chosen, path, objective, scalars, reference, progress)
+
+
+def planned_steps(recipe: Recipe, data: Prepared) -> int:
+    """Optimizer steps of the run."""
+    per_epoch = math.ceil(len(data.train) / recipe.batch_size)
+    return recipe.max_steps or math.ceil(recipe.num_train_epochs * per_epoch)
+
+
+def needed(recipe: Recipe, data: Prepared) -> Sequence[TokenExample]:
+    """The training examples that the run's steps will see, in the data's order: a short run reads no more reference."""
+    per_epoch = math.ceil(len(data.train) / recipe.batch_size)
+    steps = planned_steps(recipe, data)
+    if steps >= per_epoch:
+        return data.train
+    order = plan_batches(data.train, Layout(()), batch_size=recipe.batch_size, seed=recipe.seed).members
+    return [data.train[i] for i in sorted(i for members in order[:steps] for i in members)]
+
+
+def loss_identity(recipe: Recipe) -> str | None:
+    """A digest of the file of a loss of the user's own; None for lite's, of which the environment tells the version."""
+    path = recipe.signature.path
+    if path.parent == signatures.LOSSES:
+        return None
+    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+
+
+def _model_identity(recipe: Recipe, model: PeftModel, reference: Reference | None) -> dict[str, Any]:
+    """The model's name and, of a folder, the sizes of its files; of the hub, the commit; and its reference, if any."""
+    config = unwrapped(model).config
+    folder = Path(config.name_or_path)
+    compared = {"reference": reference.identity.key.hex()} if isinstance(reference, Cached) else {}
+    if not folder.is_dir():
+        return {"name": recipe.model, "commit": config._commit_hash, **compared}
+    patterns = ("config.json", "*.safetensors", "*.bin")
+    files = sorted(path for pattern in patterns for path in folder.glob(pattern))
+    return {"name": recipe.model, "files": {path.name: path.stat().st_size for path in files}, **compared}

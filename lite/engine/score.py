@@ -8,7 +8,7 @@ from lite.data.examples import TokenExample
 from lite.data.packing import lay_out
 from lite.data.packs import Batch, Layout
 from lite.engine.forward import Model, Path, device_of, gather, scored_tokens
-from lite.engine.objective import Objective
+from lite.engine.objective import Data, Objective
 from lite.engine.step import measure, total
 from lite.loss.logps import Logps
 
@@ -18,20 +18,20 @@ def evaluate(
     batches: Iterable[Batch],
     objective: Objective,
     path: Path,
-    done: Callable[[int], None] = lambda _: None,
+    seen: Callable[[Data], None] = lambda _: None,
 ) -> dict[str, float]:
     """`loss` and the loss's metrics, averaged over all examples with their weights; no gradient.
 
-    batches: of `plan_evaluation`, whose shares are of the whole set. `done(count)` is called after each batch with the
-    number of its examples.
+    batches: of `plan_evaluation`, whose shares are of the whole set. seen(data) is called with each batch's Logps.
     """
     found = []
     training = model.training
     model.eval()
     try:
         for batch in batches:
-            found.append(measure(model, batch, objective, path))
-            done(len(batch.places))
+            sums, data = measure(model, batch, objective, path)
+            found.append(sums)
+            seen(data)
     finally:
         model.train(training)
     sums = total(found)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lite.data.packs import Batch, Pack, moved_to
 from lite.engine.forward import Model, Path, Tokens, device_of, scored_tokens
-from lite.engine.objective import Objective, Sums, of_batch, of_pack
+from lite.engine.objective import Data, Objective, Sums, of_batch, of_pack
 from lite.memory.checkpoint import draws_random
 
 
@@ -33,13 +33,14 @@ def backward(model: Model, batch: Batch, objective: Objective, path: Path) -> Su
     return total(found)
 
 
-def measure(model: Model, batch: Batch, objective: Objective, path: Path) -> Sums:
-    """The batch's loss and metrics, without gradient."""
+def measure(model: Model, batch: Batch, objective: Objective, path: Path) -> tuple[Sums, Data]:
+    """The batch's loss and metrics, without gradient, and the Logps that they come from."""
     device = device_of(model)
     with torch.no_grad():
         packs = [pack.to(device) for pack in batch.packs]
         tokens = [scored_tokens(model, pack, path) for pack in packs]
-        return objective(of_batch(tokens, packs, batch), moved_to(batch.shares, device))
+        data = of_batch(tokens, packs, batch)
+        return objective(data, moved_to(batch.shares, device)), data
 
 
 def total(parts: list[Sums]) -> Sums:

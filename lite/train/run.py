@@ -5,6 +5,7 @@ runs/NAME/
   identity.json     what the run was started from: recipe, digest of the data, model; a resume refuses another
   environment.json  versions, commit, device      ledger.json     rows kept, cut and dropped, by reason
   metrics.jsonl     losses and rewards            speed.jsonl     times and memory
+  logps/            what the policy said of the held-out rows at each evaluation: for `lite what-if`
   checkpoints/      the newest, each whole        samples.json    answers before and after
   adapter/          the result, with tokenizer    result.json     the numbers at the end; only a finished run has it
   start_adapter/    a copy of the adapter that the run went on from, if it did
@@ -28,7 +29,7 @@ from safetensors import SafetensorError
 from lite import recipe as recipes
 from lite.errors import RunError, raise_collected
 from lite.recipe import Recipe
-from lite.train import checkpoints, metrics
+from lite.train import checkpoints, judged, metrics
 from lite.train.interrupt import command
 
 RUNS = Path("runs")
@@ -211,6 +212,7 @@ def extend(folder: Path, recipe: Recipe, identity: Mapping[str, Any]) -> None:
 def start_over(folder: Path) -> None:
     """Forget what a run wrote before its first checkpoint."""
     checkpoints.keep_until(folder / "checkpoints", 0)
+    shutil.rmtree(folder / judged.FOLDER, ignore_errors=True)
     for name in (metrics.METRICS, metrics.SPEED, "samples.json", RESULT):
         (folder / name).unlink(missing_ok=True)
 

@@ -18,7 +18,7 @@ from lite.errors import RunError
 from lite.model import adapters
 from lite.model.head import unwrapped
 from lite.recipe import Recipe
-from lite.train import checkpoints, failures, interrupt, machine, metrics, run, samples
+from lite.train import checkpoints, failures, interrupt, judged, machine, metrics, run, samples
 from lite.train.progress import Progress, Quiet
 from lite.train.run import Run
 from lite.train.trainer import Trainer, state
@@ -167,6 +167,7 @@ def _go_back(folder: Path, progress: Progress) -> Path | None:
     checkpoints.keep_until(folder / "checkpoints", checkpoints.step_of(checkpoint))
     for name, length in state(checkpoint)["lengths"].items():
         metrics.cut(folder / name, length)
+    judged.forget_after(folder, checkpoints.step_of(checkpoint))
     progress.note(f"going on after step {checkpoints.step_of(checkpoint)}")
     return checkpoint
 

@@ -97,7 +97,7 @@ class Trainer(transformers.Trainer):
         objective: Objective,
         scalars: Scalars,
         path: ForwardPath,
-        evaluate: Callable[[], dict[str, float]] | None,
+        evaluate: Callable[[Path, int], dict[str, float]] | None,
         folder: Path,
         progress: Progress,
         request: Request,
@@ -190,7 +190,8 @@ class Trainer(transformers.Trainer):
 
     def record_evaluation(self) -> dict[str, float]:
         """Held-out metrics, written to metrics.jsonl under TRL's eval_ names."""
-        found = {f"eval_{name}": value for name, value in self.score().items()}
+        scored = self.score(self.folder, self.state.global_step)
+        found = {f"eval_{name}": value for name, value in scored.items()}
         self.log(dict(found))
         return found
 
@@ -278,6 +279,8 @@ class _Watch(TrainerCallback):
         trainer.progress.step(state.global_step, {**trainer.latest, **speed})
         if state.global_step == state.max_steps:
             control.should_log = True  # or the steps since the last line would be in none
+        if trainer.score and state.global_step % args.save_steps == 0 and state.global_step < state.max_steps:
+            control.should_evaluate = True  # what a checkpoint is worth; the last one is evaluated when all is done
         if self.request.asked:
             control.should_save = control.should_training_stop = True
         return control

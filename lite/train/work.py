@@ -30,7 +30,7 @@ from lite.recipe import Recipe
 from lite.reference import precompute
 from lite.reference.lookup import Cached, FromColumns
 from lite.reference.store import Store
-from lite.train import machine, optimizer, trackers
+from lite.train import judged, machine, optimizer, trackers
 from lite.train.progress import Progress
 from lite.train.scalars import Scalars
 from lite.train.trainer import Batches
@@ -63,11 +63,14 @@ class Work:
             self.data.train, self.layout, batch_size=size, seed=seed, epoch=number, reference=self.reference
         )
 
-    def evaluate(self) -> dict[str, float]:
-        """Loss and metrics over the held-out rows."""
+    def evaluate(self, folder: Path, step: int) -> dict[str, float]:
+        """Loss and metrics over the held-out rows; what the policy said of them is kept in the run's folder."""
         size = self.recipe.batch_size
         batches = plan_evaluation(self.data.held_out, self.layout, batch_size=size, reference=self.reference)
-        return score.evaluate(self.model, batches, self.objective, self.path)
+        kept = judged.Kept(self.layout.completions)
+        found = score.evaluate(self.model, batches, self.objective, self.path, kept.see)
+        kept.save(folder, step, self.data.held_out)
+        return found
 
     def identity(self) -> dict[str, Any]:
         """What a resume must find unchanged."""

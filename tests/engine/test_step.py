@@ -162,9 +162,9 @@ def test_sft_is_the_token_mean_of_the_batch(tiny_model, token_examples):
     for budget in (10_000, 20):
         layout = Layout(("completion",), tokens_per_pack=budget)
         batch = lay_out(examples, layout)
-        result = measure(model, batch, objective("sft"), Path())
+        result, _ = measure(model, batch, objective("sft"), Path())
         total = sum(
-            -float(measure(model, lay_out([e], layout), objective("sft"), Path()).loss) * -len(e.completions[0])
+            -float(measure(model, lay_out([e], layout), objective("sft"), Path())[0].loss) * -len(e.completions[0])
             for e in examples
         )
         assert float(result.loss) == pytest.approx(total / sum(len(e.completions[0]) for e in examples), rel=1e-6)
@@ -174,7 +174,7 @@ def test_measure_reports_what_backward_reports(tiny_model, token_examples):
     model, examples = tiny_model("qwen3"), token_examples()
     install(model)
     batch = lay_out(examples, Layout(ROLES, tokens_per_pack=90))
-    one, other = backward(model, batch, objective(), Path()), measure(model, batch, objective(), Path())
+    one, (other, _) = backward(model, batch, objective(), Path()), measure(model, batch, objective(), Path())
     assert float(one.loss) == pytest.approx(float(other.loss), rel=1e-5)
     assert one.metrics.keys() == other.metrics.keys()
     for name, value in one.averages.items():

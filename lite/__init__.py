@@ -12,10 +12,10 @@ from typing import Any
 __version__ = "0.1.0"
 __all__ = [
     "DataError", "ExportError", "LiteError", "ModelError", "Recipe", "RecipeError", "Run", "RunError",
-    "resume", "train",
+    "precompute", "resume", "train",
 ]  # fmt: skip
 
-_HOME = {"Recipe": "lite.recipe", "Run": "lite.train", "resume": "lite.train", "train": "lite.train"}
+_HOME = {"Recipe": "lite.recipe", **dict.fromkeys(("Run", "precompute", "resume", "train"), "lite.train")}
 
 
 def __getattr__(name: str) -> Any:

@@ -27,7 +27,7 @@ def parse(
         annotations[positional] = Annotated[str, typer.Argument(metavar=positional.upper(), show_default=False)]
     for setting in settings:
         kind = bool if setting.kind is bool else str
-        annotations[setting.key] = Annotated[kind | None, typer.Option(*setting.declared)]
+        annotations[_identifier(setting.key)] = Annotated[kind | None, typer.Option(*setting.declared)]
     try:
         given = _command(annotations, positional).main(list(arguments), prog_name=program, standalone_mode=False)
     except UsageError as error:
@@ -36,8 +36,16 @@ def parse(
         unknown = [_unknown(name, known) for name in typed_flags if name not in known]
         lines = unknown or [error.format_message()]  # type: ignore[attr-defined]
         raise RecipeError("\n".join([*lines, f"All options: {program} --help"])) from None
-    by_key = {setting.key: setting for setting in settings}
-    return {key: typed(by_key[key], value) if key in by_key else value for key, value in given.items()}
+    by_key = {_identifier(setting.key): setting for setting in settings}
+    return {
+        by_key[name].key if name in by_key else name: typed(by_key[name], value) if name in by_key else value
+        for name, value in given.items()
+    }
+
+
+def _identifier(key: str) -> str:
+    """The key as Python takes it for a parameter's name: of a sum of losses it has a dot, dpo.beta."""
+    return key.replace(".", "__")
 
 
 def _command(annotations: dict[str, Any], positional: str) -> Any:

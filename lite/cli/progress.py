@@ -34,6 +34,9 @@ class Shown:
     def __init__(self, console: Console, *, bar: bool) -> None:
         self.console = console
         self._bar = _Bar.on(console) if bar else None
+        self._interactive = bar
+        self._rows_bar: _Bar | None = None
+        self._rows_began: tuple[float, int] | None = None  # when the first rows of a stage were told, and how many
         self._task: TaskID | None = None
         self._total = 0
         self._seconds: deque[float] = deque(maxlen=20)  # of the latest steps, for the time left
@@ -46,6 +49,25 @@ class Shown:
     def note(self, message: str) -> None:
         """Say it."""
         self.line(f"  {message}")
+
+    def rows(self, done: int, total: int) -> None:
+        """Move a bar of its own, or write a line if the last one is some seconds old."""
+        now = time.monotonic()
+        if self._rows_began is None or done < self._rows_began[1]:
+            # The first rows came in a time that nobody measured, the model's first steps among them.
+            self._rows_began, self._next_line_s = (now, done), now
+        began_s, before = self._rows_began
+        rate = (done - before) / (now - began_s) if done > before and now > began_s else None
+        told = f"{rate:,.1f} rows/s" if rate else ""
+        left = "done" if done == total else f"{duration((total - done) / rate)} left" if rate else ""
+        if self._interactive:
+            self._rows_bar = self._rows_bar or _Bar.begun(self.console, total)
+            self._rows_bar.update(self._rows_bar.task_ids[0], completed=done, left=left, figures=told)
+        elif now >= self._next_line_s or done == total:
+            self._next_line_s = now + LINE_EVERY_S
+            self.line("  ".join(part for part in (f"  {done}/{total} rows", told, left) if part))
+        if done == total:
+            self._end_rows()
 
     def steps(self, total: int, done: int) -> None:
         """Begin the bar, or say how many steps are to come."""
@@ -91,8 +113,14 @@ class Shown:
 
     def close(self) -> None:
         """Leave the bar as it stands."""
+        self._end_rows()
         if self._bar:
             self._bar.stop()
+
+    def _end_rows(self) -> None:
+        if self._rows_bar:
+            self._rows_bar.stop()
+        self._rows_bar, self._rows_began = None, None
 
     def line(self, message: str) -> None:
         """A line of its own, above the bar if there is one."""
@@ -151,6 +179,14 @@ class _Bar(Progress):
         """Counts, the bar, and the time left."""
         counts, left = TextColumn("{task.completed:.0f}/{task.total:.0f}"), TextColumn("{task.fields[left]}")
         return cls(counts, BarColumn(bar_width=None), left, console=console, expand=True)
+
+    @classmethod
+    def begun(cls, console: Console, total: int) -> "_Bar":
+        """A bar of so many rows, on the screen."""
+        bar = cls.on(console)
+        bar.add_task("rows", total=total, left="", figures="")
+        bar.start()
+        return bar
 
     def get_renderables(self) -> Iterator[RenderableType]:
         """What is drawn."""

@@ -31,6 +31,26 @@ def train(recipe: Recipe, *, as_json: bool) -> int:
     return _follow(work, as_json=as_json)
 
 
+def precompute(recipe: Recipe, *, as_json: bool) -> int:
+    """Fill the reference cache; return the exit status."""
+    _silence()
+    with shown() as progress:
+        progress.stage("loading torch and transformers")
+        from lite.train import precompute as fill
+
+        try:
+            done = fill(recipe, progress=progress)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("What was computed is in the cache; the same command goes on from there.") from None
+    if as_json:
+        print(json.dumps(done))
+        return 0
+    rest = shlex.join(["--model", recipe.model, "--data", recipe.data])
+    print(f"{done['rows']} rows in {done['cache']}: {done['computed']} computed, {done['reused']} found there")
+    print(f"next      lite {shlex.quote(recipe.method)} {rest}")
+    return 0
+
+
 def resume(folder: Path, *, max_steps: int | None, as_json: bool) -> int:
     """Go on with the run in `folder`; return the exit status."""
 

@@ -30,12 +30,12 @@ def main(method: str, arguments: Sequence[str]) -> int:
     return session.train(recipe, as_json=as_json)
 
 
-def understood(method: str, arguments: Sequence[str]) -> tuple[recipes.Recipe, bool]:
+def understood(method: str, arguments: Sequence[str], *, program: str | None = None) -> tuple[recipes.Recipe, bool]:
     """What was typed: the recipe, and whether the result is to be JSON. Raises RecipeError."""
     from lite.cli.parse import parse
 
-    settings = [*options.settings(signatures.find(method)), *options.OWN]
-    given = parse(arguments, settings, program=f"lite {method}")
+    settings = [*options.settings(signatures.find(method, _losses(arguments))), *options.OWN]
+    given = parse(arguments, settings, program=program or f"lite {method}")
     as_json, file = given.pop("json", False), given.pop("recipe", None)
     if file is None and not given.keys() & NAMED_BY_USER:
         file = _from_here(BUNDLED_RECIPE)
@@ -55,7 +55,9 @@ def compose(method: str, given: Mapping[str, Any], *, file: Path | None = None) 
             f"Type `lite {in_file['method']} --recipe {file}`, or take the line out of the file."
         )
     values = {**in_file, **given, "method": method}
-    shown = {setting.key: setting.flags[0] for setting in options.settings(signatures.find(method))}
+    losses = values.get("loss")
+    signature = signatures.find(method, losses if isinstance(losses, str) else None)
+    shown = {setting.key: setting.flags[0] for setting in options.settings(signature)}
 
     def named(key: str) -> str:
         return shown[key] if key in given else f"{file}: {key}" if key in in_file else key
@@ -63,6 +65,20 @@ def compose(method: str, given: Mapping[str, Any], *, file: Path | None = None) 
     found = [named(problem.key) + problem.text for problem in recipes.problems(values)]
     raise_collected(RecipeError, recipes.HEADLINE, found)
     return recipes.Recipe(**values)
+
+
+def _losses(arguments: Sequence[str]) -> str | None:
+    """The sum of losses that is asked for, by flag or in the recipe's file: it decides which options there are."""
+    for i, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name in ("--loss", "--recipe") and (equals or i + 1 < len(arguments)):
+            value = value if equals else arguments[i + 1]
+            if name == "--loss":
+                return value
+            found = recipes.read_yaml(Path(value)).get("loss") if Path(value).is_file() else None
+            if isinstance(found, str) and "--loss" not in [a.partition("=")[0] for a in arguments]:
+                return found
+    return None
 
 
 def _from_here(path: Path) -> Path:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 from lite.reference.store import Store
-from lite.reference.weights import Identity, files_digest, tensors_digest
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
@@ -28,6 +27,7 @@ from lite.model.attention import install
 from lite.model.origin import origin
 from lite.recipe import Recipe
 from lite.reference.fill import fill, missing
+from lite.reference.weights import Identity, files_digest, tensors_digest
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,8 @@ def identity_of(recipe: Recipe, store: Store, told: Callable[[int, int], None] =
     weights = files_digest(found.folder, store, told)
     start = adapters.continued_from(recipe)
     adapter = None if start is None else tensors_digest(*adapters.content(start))
-    return Identity(weights, found.quantisation, found.dtype, adapter)
+    names = {"model": recipe.model, "adapter_name": None if start is None else str(start)}
+    return Identity(weights, found.quantisation, found.dtype, adapter, **names)
 
 
 def by_policy(
@@ -114,17 +115,18 @@ def by_model(
     told: Told,
     stage: Callable[[str], None],
 ) -> Filled:
-    """Fill by loading the reference's own model, and only if something is missing; it is freed before this returns.
+    """Fill by loading the reference's model, and only if something is missing; it is freed before this returns.
 
     Raises ModelError if its vocabulary is not the tokenizer's.
     """
     started = time.perf_counter()
     recipe_of_it = reference_recipe(recipe)
-    _require_same_words(recipe_of_it, tokenizer)
+    if recipe.ref is not None:
+        _require_same_words(recipe_of_it, tokenizer)
     identity = identity_of(recipe_of_it, store)
     computed = 0
     if identity is None or missing(store, identity, examples, top_k=wanted_words(recipe)):
-        stage(f"loading the reference {recipe_of_it.model}")
+        stage(f"loading {recipe_of_it.model} as the reference")
         model = _loaded(recipe_of_it)
         identity = identity or identity_of(recipe_of_it, store)
         path, chosen = layouts.path_of(recipe), layouts.layout_of(recipe, model)

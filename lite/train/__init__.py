@@ -3,7 +3,7 @@
 trainer.py is transformers' Trainer with the few methods replaced that would train wrongly here; checkpoints.py writes
 folders that are whole or not there; interrupt.py turns Ctrl-C into an orderly stop; failures.py says why a step cannot
 be taken; metrics.py, samples.py and machine.py hold what a run records; progress.py is how it tells whoever watches.
-Public: train, resume, Run, Interrupted, Progress.
+Public: train, resume, precompute, Run, Interrupted, Progress.
 
 The room is called by its verb: `lite.train(recipe)` runs `train`, whether or not `lite.train` has become this module.
 """
@@ -13,11 +13,12 @@ from types import ModuleType
 
 from lite.recipe import Recipe
 from lite.train.interrupt import Interrupted
+from lite.train.precompute import precompute
 from lite.train.progress import Progress
 from lite.train.run import Run
 from lite.train.train import resume, train
 
-__all__ = ["Interrupted", "Progress", "Run", "resume", "train"]
+__all__ = ["Interrupted", "Progress", "Run", "precompute", "resume", "train"]
 
 
 class _Callable(ModuleType):

@@ -1,15 +1,30 @@
 """What is said when a step cannot be taken: which rows it was made of, what is safe, what to try."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+
+import torch
 
 from lite.data.packs import Batch
 from lite.errors import SHOWN_PROBLEMS, RunError
+from lite.train.progress import Progress
 
 LOWER = (
     "Lower --tokens-per-pack or --chunk-tokens, set --split-pairs for pairs that are longer than a pack, lower "
     "--max-length, or quantise the base (--4bit)."
 )
+
+
+@contextmanager
+def told(progress: Progress) -> Iterator[None]:
+    """Close progress however it ends, and say what to lower where the GPU has no room."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise no_room(error) from error
+    finally:
+        progress.close()
 
 
 def not_finite(what: str, value: float, step: int, batch: Batch, kept: Sequence[Path]) -> RunError:

@@ -3,8 +3,10 @@
 import ctypes
 import os
 import platform
+import re
 import subprocess
 import sys
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 import lite
 from lite.errors import RunError
 
+PEAK_OF_PROCESS, FORGET_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "liger-kernel", "triton")
 
@@ -51,6 +54,9 @@ def peak_bytes(device: torch.device) -> int:
         import psutil  # which accelerate brings
 
         return psutil.Process().memory_info().peak_wset
+    if PEAK_OF_PROCESS.exists():
+        found = re.search(r"VmHWM:\s*(\d+) kB", PEAK_OF_PROCESS.read_text())
+        return int(found.group(1)) * 1024
     import resource  # is not on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -58,16 +64,22 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def make_ready(device: torch.device) -> None:
-    """CUDA: let the peak begin anew. CPU: keep the pages that are freed, where the C library can be told to.
+    """Let the peak begin anew. CPU: from here on keep the pages that are freed, where the C library can be told to.
 
     glibc hands every freed activation back to the system, which then clears the pages anew for the next one: a tenth
     of a step's time and more. What is kept is used again, so the peak stays about what it was.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    elif sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
+        return
+    if sys.platform != "linux":
+        return
+    if hasattr(library := ctypes.CDLL(None), "mallopt"):  # glibc
+        library.malloc_trim(0)  # what a reference that was read and freed has left
         library.mallopt(M_MMAP_THRESHOLD, 2**30)
         library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    with suppress(OSError):  # where /proc cannot be written to, the peak is that of the whole process
+        FORGET_PEAK.write_text("5")
 
 
 def _version(package: str) -> str | None:

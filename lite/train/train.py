@@ -5,12 +5,10 @@ by then, so that a run that was killed and resumed leaves what an undisturbed on
 """
 
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from transformers import GenerationConfig
 
 from lite.data.template import AUTO, NONE
@@ -31,7 +29,7 @@ def train(recipe: Recipe, progress: Progress | None = None) -> Run:
     Raises a LiteError for what the user can mend, and Interrupted, after a checkpoint, when asked by a signal to stop.
     """
     progress = progress or Quiet()
-    with _told(progress), ExitStack() as open_until:
+    with failures.told(progress), ExitStack() as open_until:
         started = time.perf_counter()
         run.require_free(recipe)
         recipe = adapters.settle(recipe)
@@ -55,7 +53,7 @@ def resume(folder: str | Path, max_steps: int | None = None, progress: Progress 
     returned as it is.
     """
     progress = progress or Quiet()
-    with _told(progress), ExitStack() as open_until:
+    with failures.told(progress), ExitStack() as open_until:
         started = time.perf_counter()
         folder = Path(folder)
         recipe = run.opened(folder)
@@ -84,17 +82,6 @@ def resume(folder: str | Path, max_steps: int | None = None, progress: Progress 
             return _carry_out(work, folder, _go_back(folder, progress), started)
 
 
-@contextmanager
-def _told(progress: Progress) -> Iterator[None]:
-    """Close progress however it ends, and say what to lower where the GPU has no room."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise failures.no_room(error) from error
-    finally:
-        progress.close()
-
-
 def _write_start(work: Work, folder: Path) -> None:
     """The files that make the folder a run, which resume can go on with from now on."""
     if (start_adapter := adapters.continued_from(work.recipe)) is not None:
@@ -114,6 +101,7 @@ def _carry_out(work: Work, folder: Path, checkpoint: Path | None, started: float
         batches,
         objective=work.objective,
         scalars=work.scalars,
+        refresh=work.refresh(folder),
         path=work.path,
         evaluate=work.evaluate if work.data.held_out else None,
         folder=folder,

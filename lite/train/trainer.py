@@ -9,8 +9,8 @@ log, the evaluation, and how checkpoints are written and read.
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,29 +29,15 @@ from lite.engine.objective import Objective
 from lite.model import adapters
 from lite.recipe import Recipe
 from lite.train import checkpoints, failures, machine, metrics, trackers
+from lite.train.batches import Batches
 from lite.train.interrupt import Request
 from lite.train.optimizer import optimizer
 from lite.train.progress import Progress
+from lite.train.refresh import Refresh
 from lite.train.scalars import Scalars
 from lite.train.schedule import schedule
 
 STATE = "lite.json"  # in a checkpoint: what lite adds to Trainer's own state
-
-
-@dataclass(frozen=True)
-class Batches(Sequence[Batch]):
-    """Every step of a run in order: epoch after epoch, each shuffled by `epoch_batches(epoch)`, laid out when read."""
-
-    epoch_batches: Callable[[int], Sequence[Batch]]
-    steps_per_epoch: int
-    steps: int
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __getitem__(self, index: int) -> Batch:
-        epoch, position = divmod(index, self.steps_per_epoch)
-        return self.epoch_batches(epoch)[position]
 
 
 def arguments(recipe: Recipe, folder: Path, steps: int, *, device: torch.device, evaluates: bool) -> TrainingArguments:
@@ -96,6 +82,7 @@ class Trainer(transformers.Trainer):
         *,
         objective: Objective,
         scalars: Scalars,
+        refresh: Refresh | None,
         path: ForwardPath,
         evaluate: Callable[[Path, int], dict[str, float]] | None,
         folder: Path,
@@ -106,6 +93,7 @@ class Trainer(transformers.Trainer):
         self.batches = batches
         self.objective = objective
         self.scalars = scalars
+        self.refresh = refresh
         self.path = path
         self.split_told = False
         self.score = evaluate
@@ -130,6 +118,8 @@ class Trainer(transformers.Trainer):
     ) -> tuple[list[Batch], None]:
         """The next batch. Its normaliser is known to the step, so nothing is counted here."""
         self.started = time.perf_counter()
+        if self.refresh:  # before the batch is laid out, for its reference is looked up then
+            self.refresh.before(self.state.global_step, self.batches)
         return [next(epoch_iterator)], None
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
@@ -218,6 +208,8 @@ class Trainer(transformers.Trainer):
         parent = self.folder / "checkpoints"
         checkpoints.write(parent, self.state.global_step, self._fill)
         checkpoints.prune(parent, self.recipe.save_total_limit)
+        if self.refresh:
+            self.refresh.forget_before(min(state(kept)["refreshed"] for kept in checkpoints.listed(parent)))
 
     def _fill(self, folder: Path) -> None:
         adapters.save(self.model, folder)
@@ -230,6 +222,7 @@ class Trainer(transformers.Trainer):
             "interval": asdict(self.interval),
             "steps": len(self.batches),
             "scalars": self.scalars.state(),
+            "refreshed": self.refresh.step if self.refresh else 0,
         }
         (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
 
@@ -239,6 +232,9 @@ class Trainer(transformers.Trainer):
         adapters.load(self.model, folder)
         self.interval = metrics.Interval(**state(folder)["interval"])
         self.scalars.restore(state(folder)["scalars"])
+        if self.refresh:
+            done = checkpoints.step_of(folder)
+            self.refresh.restore(state(folder)["refreshed"], folder, done, self.batches)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Trainer's; and if the run has been made longer, the learning rate of the longer schedule from here on."""

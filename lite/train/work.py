@@ -31,9 +31,10 @@ from lite.reference import precompute
 from lite.reference.lookup import Cached, FromColumns
 from lite.reference.store import Store
 from lite.train import judged, machine, optimizer, trackers
+from lite.train.batches import Batches
 from lite.train.progress import Progress
+from lite.train.refresh import Refresh
 from lite.train.scalars import Scalars
-from lite.train.trainer import Batches
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,20 @@ class Work:
         size, seed = self.recipe.batch_size, self.recipe.seed
         return plan_batches(
             self.data.train, self.layout, batch_size=size, seed=seed, epoch=number, reference=self.reference
+        )
+
+    def refresh(self, folder: Path) -> Refresh | None:
+        """What lets the policy become the reference as the steps go on, if the recipe asks for it."""
+        if self.recipe.refresh_reference is None or not isinstance(self.reference, Cached):
+            return None
+        return Refresh(
+            self.recipe.refresh_reference,
+            self.reference,
+            self.model,
+            self.data.held_out,
+            layout=self.layout,
+            path=self.path,
+            folder=folder,
         )
 
     def evaluate(self, folder: Path, step: int) -> dict[str, float]:

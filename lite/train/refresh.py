@@ -1,0 +1,81 @@
+"""Refreshing the reference (TR-DPO): every N steps the policy, as it stands, becomes what it is compared with.
+
+Its log-probs of the rows of the next N steps, and of the held-out ones, go into the same cache, under the digest of the
+adapter at that moment. The adapter is kept in the run, so that a resume can compute again what the cache has lost.
+Source: the hard update of Gorbatovski et al. 2024, arXiv:2404.09656.
+"""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from peft import PeftModel
+
+from lite.data.examples import TokenExample
+from lite.data.packs import Layout
+from lite.engine.forward import Path as ForwardPath
+from lite.model import adapters
+from lite.reference.fill import fill
+from lite.reference.lookup import Cached
+from lite.reference.weights import tensors_digest
+from lite.train import checkpoints
+from lite.train.batches import Batches
+
+FOLDER = "reference"
+
+
+class Refresh:
+    """The state of a refreshed reference: `step`, after which the policy became it; 0 before the first time."""
+
+    def __init__(
+        self,
+        every: int,
+        reference: Cached,
+        model: PeftModel,
+        held_out: list[TokenExample],
+        *,
+        layout: Layout,
+        path: ForwardPath,
+        folder: Path,
+    ) -> None:
+        self.every = every
+        self.reference = reference
+        self.model = model
+        self.held_out = held_out
+        self.layout = layout
+        self.path = path
+        self.folder = folder / FOLDER
+        self.step = 0
+
+    def before(self, step: int, batches: Batches) -> None:
+        """Let the policy be the reference from here on, if it is time; `step` steps are done."""
+        if step > self.step and step % self.every == 0:
+            checkpoints.publish(self._adapter(step), lambda unfinished: adapters.save(self.model, unfinished))
+            self._take(step, batches)
+
+    def restore(self, step: int, checkpoint: Path, done: int, batches: Batches) -> None:
+        """The reference of a checkpoint, which was refreshed after `step` and written when `done` steps were done."""
+        if step == 0:
+            return
+        adapters.load(self.model, self._adapter(step))
+        self._take(step, batches, done)
+        adapters.load(self.model, checkpoint)
+
+    def forget_before(self, step: int) -> None:
+        """Delete the adapters that no checkpoint needs any more."""
+        for folder in self.folder.glob("step-*"):
+            if int(folder.name.removeprefix("step-")) < step:
+                shutil.rmtree(folder)
+
+    def _take(self, step: int, batches: Batches, done: int | None = None) -> None:
+        """Compute what is missing for the steps up to the next refresh, and look up there from now on."""
+        digest = tensors_digest(*adapters.content(self.model))
+        identity = replace(self.reference.identity, adapter=digest)
+        until = min((step // self.every + 1) * self.every, len(batches))
+        ahead = [example for index in range(done or step, until) for example in batches.examples(index)]
+        fill(self.reference.store, identity, [*ahead, *self.held_out], self.model, self.layout, self.path)
+        self.reference.identity = identity
+        self.step = step
+
+    def _adapter(self, step: int) -> Path:
+        return self.folder / f"step-{step}"

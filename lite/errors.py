@@ -5,6 +5,7 @@ LiteError                 base of all; the command line prints it without a trac
 ├── DataError             a row cannot be read, or too many rows had to be dropped
 ├── ModelError            a model cannot be loaded, quantised or adapted as asked
 ├── RunError              a run folder cannot be written, resumed or read
+├── CacheError            the folder of the reference's log-probs cannot be written or read
 └── ExportError           a trained model cannot be written in the asked form
 
 Every message says what happened (with the value and the place), what was expected, and what to do. A stage
@@ -34,6 +35,10 @@ class ModelError(LiteError):
 
 class RunError(LiteError):
     """A run folder cannot be written, resumed or read."""
+
+
+class CacheError(LiteError):
+    """The folder of the reference's log-probs cannot be written or read."""
 
 
 class ExportError(LiteError):

@@ -1,10 +1,11 @@
 """From the arguments to an exit status: 0 done, 1 lite's fault, 2 the user's input, 130 interrupted.
 
-    lite VERB [OPTIONS]        VERB: a registered loss, path/to/file.py:function, or resume
+    lite VERB [OPTIONS]        VERB: a registered loss, path/to/file.py:function, or one of OTHERS
 
 Each stage imports what it needs when it is reached, so that help is there at once.
 """
 
+import importlib
 import io
 import sys
 import traceback
@@ -14,7 +15,11 @@ import lite
 from lite import signatures, spellings
 from lite.errors import LiteError, RecipeError
 
-RESUME = "Go on with a run that was interrupted, to the very result it would have had."
+# Verbs that train by no loss of their own: a line of help, and the module here whose main() takes the arguments.
+OTHERS = {
+    "resume": ("Go on with a run that was interrupted, to the very result it would have had.", "resume"),
+    "precompute": ("Read the reference's log-probs of every row into the cache, without training.", "precompute"),
+}
 OWN = "A loss of your own: a function under `@loss` in a file of yours."
 
 
@@ -51,10 +56,8 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     verb, *rest = arguments
     _check(verb)
-    if verb == "resume":
-        from lite.cli import resume
-
-        return resume.main(rest)
+    if verb in OTHERS:
+        return importlib.import_module(f"lite.cli.{OTHERS[verb][1]}").main(rest)
     from lite.cli import training
 
     return training.main(verb, rest)
@@ -63,7 +66,7 @@ def _dispatch(arguments: list[str]) -> int:
 def _verbs() -> dict[str, str]:
     """Each verb and its line."""
     losses = {name: signature.summary for name, signature in signatures.registered().items()}
-    return {**losses, "resume": RESUME}
+    return {**losses, **{verb: line for verb, (line, _) in OTHERS.items()}}
 
 
 def _check(verb: str) -> None:

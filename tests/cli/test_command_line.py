@@ -10,6 +10,7 @@ import pytest
 
 from lite import __version__
 from lite.cli import main
+from lite.cli.command_line import OTHERS
 
 OWN_LOSS = '''
 from lite.loss.registry import loss
@@ -37,7 +38,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 def test_the_overview_has_a_line_for_each_verb(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 0
     page = capsys.readouterr().out
-    for word in ("orpo", "sft", "simpo", "cpo", "resume", "FILE.py:FUNCTION", "Start here", "--4bit"):
+    for word in ("orpo", "sft", "simpo", "cpo", *OTHERS, "FILE.py:FUNCTION", "Start here", "--4bit"):
         assert word in page
 
 
@@ -69,7 +70,8 @@ def test_the_installed_command_tells_its_status() -> None:
 def test_a_misspelt_verb(capsys: pytest.CaptureFixture[str]) -> None:
     message = refused(["opro"], capsys)
     assert message.startswith("error: opro: no such verb. Did you mean orpo?\n")
-    assert "orpo, sft, simpo, cpo, resume" in message
+    assert "orpo, sft, simpo, cpo, " in message
+    assert ", resume, " in message
 
 
 def test_an_option_before_the_verb(capsys: pytest.CaptureFixture[str]) -> None:

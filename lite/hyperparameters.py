@@ -23,6 +23,8 @@ RANGES = {
     "NonNegative": Range("at least 0", 0.0, math.inf),
     "Positive": Range("above 0", 0.0, math.inf, open_low=True),
     "Fraction": Range("from 0 to 1", 0.0, 1.0),
+    "BelowHalf": Range("from 0 to below 0.5", 0.0, math.nextafter(0.5, 0.0)),
+    "InsideHalf": Range("above 0 and below 0.5", 0.0, math.nextafter(0.5, 0.0), open_low=True),
 }
 TYPES = {"float": float, "int": int, "bool": bool, "str": str, **dict.fromkeys(RANGES, float)}
 WORDS = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}

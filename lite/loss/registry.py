@@ -17,6 +17,8 @@ from lite.loss.logps import Logps
 NonNegative = float
 Positive = float
 Fraction = float
+BelowHalf = float
+InsideHalf = float
 
 
 class Scored(NamedTuple):

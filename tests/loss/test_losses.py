@@ -1,114 +1,193 @@
-"""Each loss by hand, its derivation in the docstring; and what must hold for any logps."""
+"""What must hold for every loss there is, whatever its formula; the formulas by hand are in test_losses_*.py."""
 
-import math
+import itertools
+from collections.abc import Callable
+from unittest import mock
 
 import pytest
 import torch
+from torch import Tensor
 
+from lite import signatures
 from lite.loss import registry
 from lite.loss.logps import Logps
-from lite.loss.losses.likelihood import cpo, log1mexp, orpo, sft, simpo
+from lite.loss.registry import Scored
+from tests.loss.draws import BESIDE, POLICY, Data, cases, defaults, draw, extremes, logps, only
+
+REGISTERED = signatures.registered()
+REFERENCE = [(name, options) for name, options in cases() if REGISTERED[name].reference]
+# DiscoPOP starts on a slope that leads the other way: test_losses_dpo.py.
+PAIRWISE = [
+    (name, options)
+    for name, options in cases()
+    if REGISTERED[name].example == "preference" and options != {"variant": "discopop"}
+]
+every_loss = pytest.mark.parametrize(("name", "options"), cases())
 
 
-def logps(*totals_and_lengths: tuple[float, int], dtype: torch.dtype = torch.float64) -> Logps:
-    totals, lengths = zip(*totals_and_lengths, strict=True)
-    return Logps.from_totals(torch.tensor(totals, dtype=dtype), torch.tensor(lengths))
+def score(name: str, data: Data, options: dict[str, object]) -> Scored:
+    loss = registry.find(name)
+    return loss(data, {**defaults(loss.signature), **options})
 
 
-HALF, QUARTER = math.log(1 / 2), math.log(1 / 4)
+def with_tokens(data: Data, tokens: Tensor) -> Data:
+    """The data with other tokens of the policy, taken from one long vector."""
+    roles = [role for role in POLICY if role in data]
+    parts = tokens.split([len(data[role].tokens) for role in roles])
+    return {**data, **{role: Logps(part, data[role].offsets) for role, part in zip(roles, parts, strict=True)}}
 
 
-def test_orpo_by_hand():
-    """p = 1/2 and 1/4 per token: odds 1 and 1/3, odds ratio 3, sigmoid(ln 3) = 3/4."""
-    scored = orpo(logps((4 * HALF, 4)), logps((2 * QUARTER, 2)), beta=0.5)
-    assert scored.loss.item() == pytest.approx(math.log(2) - 0.5 * math.log(3 / 4), rel=1e-12)
-    assert scored.metrics["log_odds_chosen"].item() == pytest.approx(math.log(3))
-    assert scored.metrics["rewards/accuracies"].item() == 1
+def policy_tokens(data: Data) -> Tensor:
+    return torch.cat([data[role].tokens for role in POLICY if role in data])
 
 
-def test_orpo_over_the_sequence_by_hand():
-    """Prompt of 3 tokens at p = 1/4, chosen of 1 at 1/2: NLL = (3 ln 4 + ln 2) / 4 = 7/4 ln 2."""
-    scored = orpo(logps((HALF, 1)), logps((QUARTER, 1)), logps((3 * QUARTER, 3)), beta=1.0, nll_over="sequence")
-    assert scored.loss.item() == pytest.approx(7 / 4 * math.log(2) - math.log(3 / 4), rel=1e-12)
+def held(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The function with all that it detaches kept at its value in the first call.
+
+    Finite differences then see what a stop-gradient means: a number that does not move with the parameters.
+    """
+    kept: list[Tensor] = []
+    detach = Tensor.detach
+
+    def call(*arguments: Tensor) -> Tensor:
+        turn = itertools.count()
+
+        def replay(tensor: Tensor) -> Tensor:
+            i = next(turn)
+            if i == len(kept):
+                kept.append(detach(tensor))
+            return kept[i]
+
+        with mock.patch.object(Tensor, "detach", replay):
+            return function(*arguments)
+
+    return call
 
 
-def test_simpo_by_hand():
-    """Means ln 1/2 and ln 1/4 differ by ln 2; beta 2, gamma ln 2: margin ln 2, sigmoid(ln 2) = 2/3."""
-    scored = simpo(logps((3 * HALF, 3)), logps((QUARTER, 1)), beta=2.0, gamma=math.log(2))
-    assert scored.loss.item() == pytest.approx(-math.log(2 / 3), rel=1e-12)
+@every_loss
+def test_gradients_against_finite_differences(name: str, options: dict[str, object]) -> None:
+    """In fp64, with respect to every logp of the policy and to the scalars that are trained with it."""
+    data, trained = draw(REGISTERED[name]), list(REGISTERED[name].learnable)
+    start = [torch.tensor(defaults(REGISTERED[name])[scalar], dtype=torch.float64) for scalar in trained]
+
+    def of(tokens: Tensor, *scalars: Tensor) -> Tensor:
+        return score(name, with_tokens(data, tokens), {**options, **dict(zip(trained, scalars, strict=True))}).loss
+
+    inputs = [tensor.requires_grad_() for tensor in (policy_tokens(data), *start)]
+    assert torch.autograd.gradcheck(held(of), inputs)
 
 
-def test_cpo_by_hand():
-    """Totals 2 ln 1/2 and 2 ln 1/4 differ by 2 ln 2; beta 1/2: sigmoid(ln 2) = 2/3; NLL of chosen ln 2."""
-    scored = cpo(logps((2 * HALF, 2)), logps((2 * QUARTER, 2)), beta=0.5, alpha=0.25)
-    assert scored.loss.item() == pytest.approx(-math.log(2 / 3) + 0.25 * math.log(2), rel=1e-12)
+@every_loss
+def test_a_loss_and_metrics_per_example(name: str, options: dict[str, object]) -> None:
+    data = draw(REGISTERED[name], 4)
+    scored = score(name, with_tokens(data, policy_tokens(data).requires_grad_()), options)
+    assert scored.loss.shape == (4,)
+    assert scored.loss.requires_grad
+    assert scored.metrics
+    for metric, value in scored.metrics.items():
+        assert value.shape == (4,), metric
+        assert not value.requires_grad, metric
 
 
-def test_sft_by_hand():
-    assert sft(logps((3 * QUARTER, 3))).loss.item() == pytest.approx(math.log(4))
+@every_loss
+def test_the_order_of_examples_does_not_matter(name: str, options: dict[str, object]) -> None:
+    """Permuted examples have permuted losses and metrics; so a batch as a whole is worth the same, coupled or not."""
+
+    order, data = [3, 0, 4, 2, 1], draw(REGISTERED[name])
+    one = score(name, data, options)
+    other = score(name, only(data, order), options)
+    assert torch.allclose(other.loss, one.loss[order], rtol=1e-12)
+    for metric in one.metrics:
+        assert torch.allclose(other.metrics[metric], one.metrics[metric][order], rtol=1e-12, equal_nan=True), metric
 
 
-@pytest.mark.parametrize("p", [1e-30, 1e-8, 0.1, 0.5, 0.9, 1 - 1e-9])
-def test_log1mexp_in_fp64(p: float):
-    assert log1mexp(torch.tensor(math.log(p), dtype=torch.float64)).item() == pytest.approx(math.log1p(-p), rel=1e-6)
-
-
-def test_log1mexp_in_fp32_is_no_worse_than_its_input():
-    """p from e⁻⁸⁰ to 1 − 1e-6: within 1e-6 of the fp64 value of the same input; log1p(−exp) is 100 times worse."""
-    x = -torch.logspace(-6, 1.9, 400, dtype=torch.float32)
-    exact = log1mexp(x.double())
-    ours, naive = log1mexp(x).double(), torch.log1p(-torch.exp(x)).double()
-    error = ((ours - exact) / exact).abs().max()
-    assert error < 1e-6
-    assert ((naive - exact) / exact).abs().max() > 100 * error
-
-
-@pytest.mark.parametrize("chosen", [0.0, -1e-8, -1e-3, -1.0, -200.0])
-@pytest.mark.parametrize("rejected", [0.0, -1e-8, -1e-3, -1.0, -200.0])
-def test_orpo_is_finite_up_to_certainty(chosen: float, rejected: float):
-    """p → 1 makes the odds infinite; loss and gradient stay finite in fp32, for completions of one token too."""
-    tokens = torch.tensor([chosen, rejected], requires_grad=True)
-    one = torch.tensor([0, 1])
-    scored = orpo(Logps(tokens[:1], one), Logps(tokens[1:], one))
+@every_loss
+def test_certain_and_impossible_completions_stay_finite(name: str, options: dict[str, object]) -> None:
+    """Logps of 0 and of −10,000 in every role at once: in fp32, loss and gradient are numbers."""
+    data = extremes(REGISTERED[name])
+    tokens = policy_tokens(data).requires_grad_()
+    scored = score(name, with_tokens(data, tokens), options)
     scored.loss.sum().backward()
     assert scored.loss.isfinite().all()
     assert tokens.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["orpo", "simpo", "cpo"])
-def test_gradients_against_finite_differences(name: str):
-    loss = registry.find(name)
-    hyperparameters = {h.name: h.default for h in loss.signature.hyperparameters.values()}
-    offsets = torch.tensor([0, 2, 3])
-    tokens = -torch.rand(6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) - 0.1
-
-    def of(tokens: torch.Tensor) -> torch.Tensor:
-        return loss(
-            {"chosen": Logps(tokens[:3], offsets), "rejected": Logps(tokens[3:], offsets)}, hyperparameters
-        ).loss
-
-    assert torch.autograd.gradcheck(of, tokens.requires_grad_())
+@every_loss
+def test_without_numbers_too(name: str, options: dict[str, object]) -> None:
+    """On meta tensors, which have shapes and no values: what a dry run of the step is made of."""
+    drawn = draw(REGISTERED[name], dtype=torch.float32)
+    data = {
+        role: value.to("meta")
+        if isinstance(value, Tensor)
+        else Logps(value.tokens.to("meta"), value.offsets.to("meta"))
+        for role, value in drawn.items()
+    }
+    assert score(name, data, options).loss.shape == (5,)
 
 
-@pytest.mark.parametrize("name", ["orpo", "simpo", "cpo"])
-def test_the_gradient_raises_chosen_against_rejected(name: str):
-    loss = registry.find(name)
-    hyperparameters = {h.name: h.default for h in loss.signature.hyperparameters.values()}
-    totals = torch.tensor([-5.0, -5.0], dtype=torch.float64, requires_grad=True)
-    length = torch.tensor([4])
-    data = {role: Logps.from_totals(totals[i : i + 1], length) for i, role in enumerate(("chosen", "rejected"))}
-    loss(data, hyperparameters).loss.sum().backward()
-    assert totals.grad[0] < 0 < totals.grad[1]
+@pytest.mark.parametrize(("name", "options"), REFERENCE)
+def test_where_policy_is_reference_no_reward_is_given(name: str, options: dict[str, object]) -> None:
+    """Exactly 0 in fp32, at the length of real completions: rewards of 1,000 tokens leave no rounding behind."""
+    offsets = torch.tensor([0, 1000, 1700, 1701])
+    tokens = -8 * torch.rand(1701, generator=torch.Generator().manual_seed(0))
+    data = {role: Logps(tokens, offsets) for role in REGISTERED[name].data if role not in ("label", "margin")}
+    data |= {"label": torch.tensor([True, False, True]), "margin": torch.ones(3)}
+    metrics = score(name, data, options).metrics
+    rewards = {metric: value for metric, value in metrics.items() if metric.startswith(("rewards/", "kl"))}
+    assert rewards
+    for metric, value in rewards.items():
+        assert not value.nan_to_num().any(), metric
 
 
-@pytest.mark.parametrize("name", ["orpo", "simpo", "cpo"])
-def test_a_negative_strength_would_prefer_rejected_and_is_refused(name: str):
-    beta = registry.find(name).signature.hyperparameters["beta"]
-    assert beta.problem(-1) == "beta = -1: expected a number, at least 0."
-    assert beta.problem(0) is None
+@pytest.mark.parametrize(("name", "options"), PAIRWISE)
+def test_the_gradient_raises_chosen_against_rejected(name: str, options: dict[str, object]) -> None:
+    """From policy = reference, one step down the gradient widens the margin. (APO-down gets there by lowering both.)"""
+    data = draw(REGISTERED[name], 1)
+    tokens = policy_tokens(data).requires_grad_()
+    scored_data = with_tokens(data, tokens)
+    scored_data |= {f"ref_{role}": data[role] for role in ("chosen", "rejected") if f"ref_{role}" in data}
+    score(name, scored_data, options).loss.sum().backward()
+    stepped = with_tokens(data, -tokens.grad)
+    assert stepped["chosen"].total > stepped["rejected"].total
 
 
-def test_a_loss_of_the_users_own_is_found_by_file_and_name(tmp_path):
+@pytest.mark.parametrize("name", REGISTERED)
+def test_defaults_are_values_that_a_user_could_set(name: str) -> None:
+    for hyperparameter in REGISTERED[name].hyperparameters.values():
+        assert hyperparameter.problem(hyperparameter.default) is None
+
+
+@pytest.mark.parametrize("name", [name for name in REGISTERED if "beta" in REGISTERED[name].hyperparameters])
+def test_a_negative_strength_would_prefer_rejected_and_is_refused(name: str) -> None:
+    beta = REGISTERED[name].hyperparameters["beta"]
+    assert beta.problem(-1) == f"beta = -1: expected {beta.expected}."
+    assert beta.problem(1) is None
+
+
+@pytest.mark.parametrize("name", [name for name in REGISTERED if "label_smoothing" in REGISTERED[name].hyperparameters])
+def test_labels_that_are_wrong_more_often_than_right_are_refused(name: str) -> None:
+    smoothing = REGISTERED[name].hyperparameters["label_smoothing"]
+    assert smoothing.problem(0.5) == f"label_smoothing = 0.5: expected {smoothing.expected}."
+    assert smoothing.problem(0.49) is None
+
+
+def test_the_whole_batch_is_asked_for_by_the_losses_that_couple_it() -> None:
+    """A loss without whole_batch gives an example the same loss alone and among others; one with it does not."""
+    for name, signature in REGISTERED.items():
+        data = draw(signature)
+        alone = torch.cat([score(name, only(data, [i]), {}).loss for i in range(5)])
+        assert torch.allclose(alone, score(name, data, {}).loss, rtol=1e-12) is not signature.whole_batch, name
+
+
+def test_a_reference_stands_beside_its_policy() -> None:
+    """The drawn data cover what there is to ask for, and a role that is scored for the reference is for the policy."""
+    asked = {role for signature in REGISTERED.values() for role in signature.data}
+    assert asked <= {*POLICY, *BESIDE, "label", "margin"}
+    for signature in REGISTERED.values():
+        assert {role.removeprefix("ref_") for role in signature.data if role.startswith("ref_")} <= {*signature.data}
+
+
+def test_a_loss_of_the_users_own_is_found_by_file_and_name(tmp_path) -> None:
     file = tmp_path / "mine.py"
     file.write_text(
         "from lite.loss.logps import Logps\n"

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lite.loss.logps import Logps
 from lite.loss.registry import NonNegative, Scored, loss
+from lite.loss.rewards import pair_metrics
 
 
 @loss(learning_rate=5e-5, prompt_when={"nll_over": "sequence"})
@@ -37,7 +38,8 @@ def orpo(
     if nll_over == "sequence":
         nll = -(prompt.total + chosen.total) / (prompt.length + chosen.length)
     metrics = {"nll_loss": nll, "log_odds_ratio": log_ratio, "log_odds_chosen": log_odds}
-    return Scored(nll - beta * log_ratio, _metrics(chosen.mean, rejected.mean, beta, metrics))
+    logps = chosen.mean, rejected.mean
+    return Scored(nll - beta * log_ratio, pair_metrics(*logps, beta, logps, metrics))
 
 
 @loss(learning_rate=2e-4, weigh_by="tokens")
@@ -63,7 +65,8 @@ def simpo(chosen: Logps, rejected: Logps, *, beta: NonNegative = 2.0, gamma: flo
     Source: Meng et al. 2024, arXiv:2405.14734, equation 6, β = 2.0 … 2.5, γ = 0.3 … 1.6. Rates: as for orpo.
     """
     margin = beta * (chosen.mean - rejected.mean) - gamma
-    return Scored(-F.logsigmoid(margin), _metrics(chosen.mean, rejected.mean, beta))
+    logps = chosen.mean, rejected.mean
+    return Scored(-F.logsigmoid(margin), pair_metrics(*logps, beta, logps))
 
 
 @loss(learning_rate=1e-5)
@@ -79,7 +82,8 @@ def cpo(chosen: Logps, rejected: Logps, *, beta: NonNegative = 0.1, alpha: float
     """
     preference = -F.logsigmoid(beta * (chosen.total - rejected.total))
     metrics = {"nll_loss": -chosen.mean}
-    return Scored(preference - alpha * chosen.mean, _metrics(chosen.total, rejected.total, beta, metrics))
+    logps = chosen.total, rejected.total
+    return Scored(preference - alpha * chosen.mean, pair_metrics(*logps, beta, logps, metrics))
 
 
 def log1mexp(logp: Tensor) -> Tensor:
@@ -93,19 +97,3 @@ def log1mexp(logp: Tensor) -> Tensor:
     inside = torch.where(near_one, logp, -1.0)
     outside = torch.where(near_one, -1.0, logp)
     return torch.where(near_one, torch.log(-torch.expm1(inside)), torch.log1p(-torch.exp(outside)))
-
-
-def _metrics(
-    chosen: Tensor, rejected: Tensor, beta: NonNegative, more: dict[str, Tensor] | None = None
-) -> dict[str, Tensor]:
-    """TRL's names: rewards are beta times the logps the loss compares; accuracy is how often chosen is the likelier."""
-    metrics = {
-        "rewards/chosen": beta * chosen,
-        "rewards/rejected": beta * rejected,
-        "rewards/accuracies": (chosen > rejected).to(chosen.dtype),
-        "rewards/margins": beta * (chosen - rejected),
-        "logps/chosen": chosen,
-        "logps/rejected": rejected,
-        **(more or {}),
-    }
-    return {name: value.detach() for name, value in metrics.items()}

@@ -37,13 +37,13 @@ TABLES = (
     "CREATE TABLE model_files (weights TEXT NOT NULL, digest TEXT NOT NULL, PRIMARY KEY (weights, digest))",
 )
 BROKEN = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
-WHY = {
-    sqlite3.SQLITE_FULL: "there is no room left. Make room",
-    sqlite3.SQLITE_IOERR: "the disk does not do as it is told. Look whether it is full or failing",
-    sqlite3.SQLITE_READONLY: "it may not be written to. Check its permissions",
-    sqlite3.SQLITE_PERM: "it may not be written to. Check its permissions",
-    sqlite3.SQLITE_CANTOPEN: "it cannot be opened. Check the folder's permissions",
-    sqlite3.SQLITE_BUSY: f"another process has held it for {BUSY_S:.0f} s. Wait for that one, or end it",
+ADVICE = {
+    sqlite3.SQLITE_FULL: "Make room",
+    sqlite3.SQLITE_IOERR: "Look whether the disk is full or failing",
+    sqlite3.SQLITE_READONLY: "Check its permissions",
+    sqlite3.SQLITE_PERM: "Check its permissions",
+    sqlite3.SQLITE_CANTOPEN: "Check its permissions",
+    sqlite3.SQLITE_BUSY: f"Another process has held it for {BUSY_S:.0f} s: wait for that one, or end it",
 }
 
 
@@ -92,7 +92,7 @@ class Database:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise _unusable(folder, f"it cannot be made: {error.strerror}. Check the path") from None
+            raise _unusable(folder, f"the folder cannot be made: {error.strerror}", "Check the path") from None
         self._connection = self._connected()
 
     def run(self, work: Callable[[sqlite3.Connection], T]) -> T:
@@ -142,7 +142,7 @@ class Database:
         except sqlite3.DatabaseError as error:
             raise self._told(error) from error
         except OSError as error:
-            raise _unusable(self.path.parent, f"{error.strerror or error}. Check its permissions") from error
+            raise _unusable(self.path.parent, str(error.strerror or error), "Check its permissions") from error
 
     def _begun(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self.path, timeout=BUSY_S, isolation_level=None)
@@ -169,13 +169,13 @@ class Database:
                 os.replace(old, new.with_name(f"{new.name}{ending}"))
         self.set_aside.append(new)
         log.warning(
-            "%s is broken (%s). It was set aside as %s and a new one begun: what it held is computed again.",
+            "%s cannot be used (%s). It was set aside as %s and a new one begun: what it held is computed again.",
             self.path, why, new.name,
         )  # fmt: skip
 
     def _told(self, error: sqlite3.DatabaseError) -> CacheError:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-        return _unusable(self.path, WHY.get(code, "SQLite cannot go on") + f" (SQLite: {error})")
+        return _unusable(self.path, str(error), ADVICE.get(code, "Move the file away"))
 
 
 def _require_ours(connection: sqlite3.Connection) -> None:
@@ -202,8 +202,9 @@ def _is_broken(error: sqlite3.DatabaseError) -> bool:
     return isinstance(error, Broken) or code & 0xFF in BROKEN or code == sqlite3.SQLITE_IOERR_SHORT_READ
 
 
-def _unusable(path: Path, why: str) -> CacheError:
-    return CacheError(f"{path}: the reference's log-probs cannot be kept there: {why}; or choose another --cache DIR.")
+def _unusable(path: Path, why: str, advice: str) -> CacheError:
+    kept = "the reference's log-probs cannot be kept there"
+    return CacheError(f"{path}: {kept}: {why}. {advice}, or choose another folder with --cache DIR.")
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from lite.loss.head import top_logps
 from lite.model.head import head_of
 
 COMMIT_EVERY_S = 2.0
+READ_AT_ONCE = 4096  # rows
 
 
 def keys_of(example: TokenExample) -> tuple[bytes, ...]:
@@ -34,7 +35,11 @@ def missing(
 ) -> list[TokenExample]:
     """The examples, each once, of which the cache lacks anything; top_k: words wanted of the first completion."""
     keys = {keys_of(example): example for example in examples}
-    lacking = store.missing(identity, list({key for of_one in keys for key in of_one}))
+    wanted = list({key for of_one in keys for key in of_one})
+    lacking = set(wanted)
+    for start in range(0, len(wanted), READ_AT_ONCE):
+        # Read, not only looked for: a row whose checksum fails is found now, and not in the midst of the training.
+        lacking.difference_update(store.get(identity, wanted[start : start + READ_AT_ONCE]))
     if top_k:
         lacking |= store.missing_top(identity, top_k, [of_one[0] for of_one in keys])
     return [example for of_one, example in keys.items() if not lacking.isdisjoint(of_one)]

@@ -84,10 +84,10 @@ def stored(connection: sqlite3.Connection) -> list[Stored]:
     sizes: dict[bytes, dict[str, tuple[int, int]]] = {}
     for table, content in (("logps", "length(tokens)"), ("tops", "length(logps) + length(ids)")):
         for key, count, size in connection.execute(
-            f"SELECT identity, count(*), sum({content}) FROM {table} GROUP BY identity"
+            f"SELECT identity, count(*), sum({content}) FROM {table} WHERE typeof(identity) = 'blob' GROUP BY identity"
         ):
             sizes.setdefault(key, {})[table] = (count, size)
-    known = {key: (identity, first, last) for key, identity, first, last in _identities(connection)}
+    known = {key: others for key, *others in _identities(connection) if isinstance(key, bytes)}
     found = []
     for key in known.keys() | sizes.keys():
         (logps, logps_bytes), (tops, tops_bytes) = (
@@ -186,12 +186,13 @@ def _delete_made_of(connection: sqlite3.Connection, digest: str) -> list[Identit
 
 def _identities(connection: sqlite3.Connection) -> Iterator[tuple[bytes, Identity | None, Any, Any]]:
     """Key, identity (None if the fields are damaged), first and last use."""
-    for key, fields, first, last in connection.execute("SELECT * FROM identities").fetchall():
+    for key, fields, *times in connection.execute("SELECT * FROM identities").fetchall():
+        times = [when if isinstance(when, float) else None for when in times]
         try:
             identity = Identity.from_json(fields)
-            yield key, identity if identity.key == key else None, first, last
+            yield key, identity if identity.key == key else None, *times
         except (ValueError, TypeError):
-            yield key, None, first, last
+            yield key, None, *times
 
 
 def _columns(stamp: FileStamp) -> tuple[bytes, int, int, str]:
@@ -199,7 +200,9 @@ def _columns(stamp: FileStamp) -> tuple[bytes, int, int, str]:
     return os.fsencode(stamp.path), stamp.size, stamp.mtime_ns, str(stamp.inode)
 
 
-def _stamp(path: bytes) -> FileStamp | None:
+def _stamp(path: Any) -> FileStamp | None:
+    if not isinstance(path, bytes):
+        return None
     try:
         return FileStamp.of(Path(os.fsdecode(path)))
     except OSError:

@@ -31,6 +31,6 @@ def precompute(recipe: Recipe, progress: Progress | None = None) -> dict[str, An
             "computed": filled.computed,
             "reused": filled.reused,
             "seconds": round(filled.seconds, 3),
-            "cache": str(store.file),
+            "cache": str(store.path),
             "identity": filled.identity.key.hex(),
         }

@@ -33,7 +33,7 @@ def train(recipe: Recipe, *, as_json: bool) -> int:
 
 def precompute(recipe: Recipe, *, as_json: bool) -> int:
     """Fill the reference cache; return the exit status."""
-    _silence()
+    silence()
     with shown() as progress:
         progress.stage("loading torch and transformers")
         from lite.train import precompute as fill
@@ -63,7 +63,7 @@ def resume(folder: Path, *, max_steps: int | None, as_json: bool) -> int:
 
 
 def _follow(work: Callable[[Shown], "Run"], *, as_json: bool) -> int:
-    _silence()
+    silence()
     with shown() as progress:
         progress.stage("loading torch and transformers")
         from lite.train.interrupt import Interrupted
@@ -100,7 +100,7 @@ def _samples(run: "Run") -> list[dict[str, str]]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
 
 
-def _silence() -> None:
+def silence() -> None:
     """Keep other packages' chatter off stderr, unless the user asked for it by the package's own switch.
 
     Downloads keep their bars on a terminal: they take minutes, and nothing else tells how long.

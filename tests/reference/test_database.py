@@ -231,7 +231,7 @@ def test_somebody_who_does_not_let_go(
     holder = sqlite3.connect(store.path, isolation_level=None)
     holder.execute("BEGIN IMMEDIATE")
     with Store.open(store.path.parent) as waiting:
-        with pytest.raises(CacheError, match="locked. Another process has held it for"):
+        with pytest.raises(CacheError, match=r"locked\. Another process has held it for"):
             waiting.put(identity, rows(1))
         assert waiting.missing(identity, [rows(1)[0].key])  # reading goes on
     holder.execute("ROLLBACK")

@@ -53,12 +53,12 @@ class Refresh:
             checkpoints.publish(self._adapter(step), lambda unfinished: adapters.save(self.model, unfinished))
             self._take(step, batches)
 
-    def restore(self, step: int, checkpoint: Path, done: int, batches: Batches) -> None:
-        """The reference of a checkpoint, which was refreshed after `step` and written when `done` steps were done."""
+    def restore(self, step: int, checkpoint: Path, batches: Batches) -> None:
+        """The reference of a checkpoint, which was refreshed after `step`."""
         if step == 0:
             return
         adapters.load(self.model, self._adapter(step))
-        self._take(step, batches, done)
+        self._take(step, batches)
         adapters.load(self.model, checkpoint)
 
     def forget_before(self, step: int) -> None:
@@ -67,12 +67,12 @@ class Refresh:
             if int(folder.name.removeprefix("step-")) < step:
                 shutil.rmtree(folder)
 
-    def _take(self, step: int, batches: Batches, done: int | None = None) -> None:
+    def _take(self, step: int, batches: Batches) -> None:
         """Compute what is missing for the steps up to the next refresh, and look up there from now on."""
         digest = tensors_digest(*adapters.content(self.model))
         identity = replace(self.reference.identity, adapter=digest)
         until = min((step // self.every + 1) * self.every, len(batches))
-        ahead = [example for index in range(done or step, until) for example in batches.examples(index)]
+        ahead = [example for index in range(step, until) for example in batches.examples(index)]
         fill(self.reference.store, identity, [*ahead, *self.held_out], self.model, self.layout, self.path)
         self.reference.identity = identity
         self.step = step

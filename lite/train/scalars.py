@@ -35,7 +35,7 @@ class Scalars:
 
     def state(self) -> dict[str, float]:
         """The values, for a checkpoint: a float32 is a Python float exactly."""
-        return {name: float(value) for name, value in self.values.items()}
+        return {name: value.item() for name, value in self.values.items()}
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, float]) -> None:

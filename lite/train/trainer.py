@@ -233,8 +233,7 @@ class Trainer(transformers.Trainer):
         self.interval = metrics.Interval(**state(folder)["interval"])
         self.scalars.restore(state(folder)["scalars"])
         if self.refresh:
-            done = checkpoints.step_of(folder)
-            self.refresh.restore(state(folder)["refreshed"], folder, done, self.batches)
+            self.refresh.restore(state(folder)["refreshed"], folder, self.batches)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Trainer's; and if the run has been made longer, the learning rate of the longer schedule from here on."""

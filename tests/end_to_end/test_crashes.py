@@ -17,11 +17,13 @@ pytestmark = pytest.mark.slow
 def outcomes(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     """All ways to die, tried in one process: it takes seconds to import what a run needs.
 
-    Dropout draws random numbers in every step; lines, evaluations and checkpoints fall on different steps.
+    All that a run has to remember is in it: dropout draws random numbers in every step, the loss has a trained number
+    and a reference that is refreshed; lines, evaluations, refreshes and checkpoints fall on different steps.
     """
     folder = tmp_path_factory.mktemp("crashes")
     twelve_steps = {"num_train_epochs": 2.4, "lora_dropout": 0.1, "logging_steps": 2, "eval_steps": 5}
-    settings = tiny_settings(tiny, **twelve_steps)
+    compared = {"method": "gamma_dpo", "refresh_reference": 4, "cache": str(folder / "cache")}
+    settings = tiny_settings(tiny, **twelve_steps, **compared)
     (folder / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
     program = Path(__file__).with_name("crashes.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}

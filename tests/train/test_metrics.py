@@ -19,6 +19,16 @@ def test_averages_are_over_the_steps_of_the_interval() -> None:
     assert interval.num_tokens == 35
 
 
+def test_a_metric_counts_the_steps_that_had_it() -> None:
+    """A step without a desirable row has no reward of one: (2 + 4) / 2 = 3. A loss that is NaN is told."""
+    interval = metrics.Interval()
+    for reward, loss in ((2.0, 1.0), (math.nan, 3.0), (4.0, 5.0)):
+        interval.add({"loss": loss, "rewards/chosen": reward}, 1)
+    assert interval.averages() == {"loss": 3.0, "rewards/chosen": 3.0}
+    interval.add({"loss": math.nan}, 1)
+    assert math.isnan(interval.averages()["loss"])
+
+
 def test_an_interval_survives_a_checkpoint() -> None:
     """Saved between two lines and read back, it gives the average that it would have given."""
     undisturbed, saved = metrics.Interval(), metrics.Interval()

@@ -7,6 +7,7 @@ from torch import nn
 from lite.errors import RecipeError
 from lite.recipe import Recipe
 from lite.train.optimizer import optimizer
+from lite.train.scalars import Scalars
 
 
 def model() -> nn.Module:
@@ -22,7 +23,7 @@ def test_matrices_decay_and_vectors_do_not() -> None:
     before = {name: parameter.detach().clone() for name, parameter in trained.named_parameters()}
     for parameter in trained.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    optimizer(trained, Recipe(learning_rate=0.1, weight_decay=0.5)).step()
+    optimizer(trained, Recipe(learning_rate=0.1, weight_decay=0.5), Scalars({}, {})).step()
     after = dict(trained.named_parameters())
     torch.testing.assert_close(after["0.weight"], before["0.weight"] * (1 - 0.1 * 0.5))
     for name in ("0.bias", "1.weight", "1.bias", "2.weight"):
@@ -36,7 +37,8 @@ def test_first_step_of_adamw_by_hand() -> None:
     gradient = torch.full_like(before, -3.0)
     for parameter in trained.parameters():
         parameter.grad = torch.full_like(parameter, -3.0)
-    optimizer(trained, Recipe(learning_rate=0.01, adam_beta1=0.8, adam_beta2=0.9, adam_epsilon=1.0)).step()
+    recipe = Recipe(learning_rate=0.01, adam_beta1=0.8, adam_beta2=0.9, adam_epsilon=1.0)
+    optimizer(trained, recipe, Scalars({}, {})).step()
     expected = before - 0.01 * gradient / (gradient.abs() + 1.0)
     torch.testing.assert_close(trained[0].weight.detach(), expected)
 
@@ -52,10 +54,10 @@ def test_eight_bit_states_come_back_from_a_checkpoint() -> None:
 
     recipe = Recipe(optimizer="adamw-8bit", learning_rate=0.01)
     one, other = model(), model()
-    undisturbed, first = optimizer(one, recipe), optimizer(other, recipe)
+    undisturbed, first = optimizer(one, recipe, Scalars({}, {})), optimizer(other, recipe, Scalars({}, {}))
     step(one, undisturbed, 1)
     step(other, first, 1)
-    second = optimizer(other, recipe)
+    second = optimizer(other, recipe, Scalars({}, {}))
     second.load_state_dict(first.state_dict())
     step(one, undisturbed, 2)
     step(other, second, 2)
@@ -71,4 +73,4 @@ def test_eight_bit_states_come_back_from_a_checkpoint() -> None:
 
 def test_pages_need_a_gpu() -> None:
     with pytest.raises(RecipeError, match=r"optimizer = paged-adamw-8bit: .* Use adamw-8bit or adamw"):
-        optimizer(model(), Recipe(optimizer="paged-adamw-8bit"))
+        optimizer(model(), Recipe(optimizer="paged-adamw-8bit"), Scalars({}, {}))

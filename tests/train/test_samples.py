@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -10,13 +11,13 @@ from lite.model.attention import plain_attention
 from lite.train import samples
 from lite.train.progress import Quiet
 from lite.train.samples import Sample
-from lite.train.train import _read, _set_up
+from lite.train.work import read, set_up
 
 
 def test_answers_are_the_most_likely_tokens(recipe: Callable) -> None:
     """Token by token by whole forwards without a cache, though the model's own generation config samples hot."""
     asked = recipe()
-    work = _set_up(asked, *_read(asked, Quiet()), Quiet())
+    work = set_up(asked, *read(asked, Quiet()), Quiet(), open_until=ExitStack())
     work.model.base_model.model.generation_config.update(do_sample=True, temperature=50.0, repetition_penalty=9.0)
     [given] = samples.answers(work.model, work.tokenizer, work.data, 1)
     ids = list(work.data.held_out[0].prompt)

@@ -67,18 +67,21 @@ def test_a_run_leaves_what_the_design_says(recipe: Callable) -> None:
     left = {path.name for path in run.folder.iterdir()}
     assert left == {
         "recipe.yaml", "identity.json", "environment.json", "ledger.json", "metrics.jsonl", "speed.jsonl",
-        "checkpoints", "adapter", "samples.json", "result.json", ".lock",
+        "checkpoints", "adapter", "samples.json", "result.json", ".lock", "logps",
     }  # fmt: skip
     assert run.result.keys() == {"run", "steps", "seconds", "peak_bytes", "eval_before", "eval_after"}
     assert json.loads((run.folder / "result.json").read_text(encoding="utf-8")) == run.result
     assert run.result["steps"] == 10
     assert run.result["eval_before"]["eval_rewards/margins"] < run.result["eval_after"]["eval_rewards/margins"]
     assert run.result["peak_bytes"] > 50e6
-    assert [line["step"] for line in run.metrics] == [0, *range(1, 11), 10]
+    assert [line["step"] for line in run.metrics if "loss" in line] == list(range(1, 11))
+    # Before, at each checkpoint, after.
+    assert [line["step"] for line in run.metrics if "eval_loss" in line] == [0, 3, 6, 9, 10]
     assert json.loads((run.folder / "ledger.json").read_text(encoding="utf-8"))["kept"] == 23
     assert (listener.began, listener.done, listener.closed) == ((10, 0), list(range(1, 11)), True)
     assert [n for n in listener.notes if "evaluation" in n or "samples" in n] == [
-        "evaluation before", "1 samples before", "evaluation after", "1 samples after",
+        "evaluation before", "1 samples before", "evaluation at step 3", "evaluation at step 6", "evaluation at step 9",
+        "evaluation after", "1 samples after",
     ]  # fmt: skip
 
 
@@ -149,7 +152,8 @@ def test_more_steps_by_name(recipe: Callable) -> None:
     longer = resume(run.folder, max_steps=14)
     assert longer.result["steps"] == 14
     assert longer.result["eval_before"] == run.result["eval_before"]
-    assert [line["step"] for line in longer.metrics] == [0, *range(1, 15), 14]
+    assert [line["step"] for line in longer.metrics if "loss" in line] == list(range(1, 15))
+    assert [line["step"] for line in longer.metrics if "eval_loss" in line] == [0, 3, 6, 9, 12, 14]
     rates = {line["step"]: line["learning_rate"] for line in longer.metrics if "learning_rate" in line}
     assert rates[11] == pytest.approx(1e-2 * 0.5 * (1 + torch.tensor(torch.pi * 10 / 14).cos().item()), rel=1e-5)
     assert resume(run.folder).result == longer.result
@@ -232,14 +236,14 @@ def test_a_run_that_had_all_its_steps_takes_none(recipe: Callable) -> None:
 def test_another_run_in_the_same_folder_meanwhile(recipe: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both found the folder free; the other was done before this one had loaded its model."""
     story = sys.modules["lite.train.train"]  # the name in its package is that of the function
-    wait = story._set_up
+    wait = story.set_up
 
     def other_first(*given: object, **named: object) -> object:
-        monkeypatch.setattr(story, "_set_up", wait)
+        monkeypatch.setattr(story, "set_up", wait)
         train(recipe(max_steps=1))
         return wait(*given, **named)
 
-    monkeypatch.setattr(story, "_set_up", other_first)
+    monkeypatch.setattr(story, "set_up", other_first)
     with pytest.raises(RunError, match="holds a run already"):
         train(recipe(max_steps=2))
 

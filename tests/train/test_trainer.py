@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,8 @@ from lite.engine import score
 from lite.errors import RunError
 from lite.train import checkpoints, interrupt, metrics, train
 from lite.train.progress import Quiet
-from lite.train.train import _read, _set_up
 from lite.train.trainer import Trainer, arguments
+from lite.train.work import read, set_up
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def trainer(recipe: Callable) -> Callable[..., Trainer]:
 
     def build(**changes: object) -> Trainer:
         asked = recipe(**changes)
-        work = _set_up(asked, *_read(asked, Quiet()), Quiet())
+        work = set_up(asked, *read(asked, Quiet()), Quiet(), open_until=ExitStack())
         folder = Path(asked.output_dir)
         (folder / "checkpoints").mkdir(parents=True)
         made = Trainer(
@@ -30,6 +31,8 @@ def trainer(recipe: Callable) -> Callable[..., Trainer]:
             asked,
             work.batches,
             objective=work.objective,
+            scalars=work.scalars,
+            refresh=None,
             path=work.path,
             evaluate=work.evaluate,
             folder=folder,
@@ -71,7 +74,8 @@ def test_trap_evaluation_weighs_rows_not_batches(trainer: Callable) -> None:
     made.train()
     work = made.work
     scored = score.logps(work.model.eval(), work.data.held_out, work.layout, work.path)
-    rows = work.objective(scored, None).loss.tolist()
+    loss, _, names = work.objective.summands[0]
+    rows = loss(scored, {name: work.objective.hyperparameters[key] for name, key in names.items()}).loss.tolist()
     found = made.evaluate()["eval_loss"]
     assert math.isclose(found, sum(rows) / 3, rel_tol=1e-5)
     assert not math.isclose(found, ((rows[0] + rows[1]) / 2 + rows[2]) / 2, rel_tol=1e-5)
@@ -146,7 +150,7 @@ def test_lines_have_trls_names_and_average_the_interval(trainer: Callable) -> No
     """logging_steps=2: a line is the mean of two steps' losses, and epochs are passes over the rows."""
     each, pairs = trainer(), None
     each.train()
-    single = metrics.read(each.folder / "metrics.jsonl")
+    single = [line for line in metrics.read(each.folder / "metrics.jsonl") if "loss" in line]
     (each.folder / "metrics.jsonl").unlink()
     (each.folder / "speed.jsonl").unlink()
     for folder in checkpoints.listed(each.folder / "checkpoints"):
@@ -154,7 +158,7 @@ def test_lines_have_trls_names_and_average_the_interval(trainer: Callable) -> No
     (each.folder / "checkpoints").rmdir()
     pairs = trainer(logging_steps=2)
     pairs.train()
-    double = metrics.read(pairs.folder / "metrics.jsonl")
+    double = [line for line in metrics.read(pairs.folder / "metrics.jsonl") if "loss" in line]
     assert [line["step"] for line in single] == list(range(1, 11))
     assert [line["epoch"] for line in single] == [step / 5 for step in range(1, 11)]
     assert [line["step"] for line in double] == [2, 4, 6, 8, 10]
@@ -171,7 +175,8 @@ def test_learning_rate_warms_up_and_comes_down(trainer: Callable) -> None:
     """Warm-up of ceil(0.25 · 10) = 3 steps, the first of them not 0, then half a cosine over 7."""
     made = trainer(warmup_ratio=0.25, learning_rate=1.0, max_grad_norm=0.0)
     made.train()
-    rates = [line["learning_rate"] for line in metrics.read(made.folder / "metrics.jsonl")]
+    lines = metrics.read(made.folder / "metrics.jsonl")
+    rates = [line["learning_rate"] for line in lines if "learning_rate" in line]
     expected = [step / 3 for step in (1, 2, 3)] + [0.5 * (1 + math.cos(math.pi * step / 7)) for step in range(7)]
     assert rates == pytest.approx(expected)
 

@@ -18,6 +18,7 @@ from lite.errors import LiteError, RecipeError
 # Verbs that train by no loss of their own: a line of help, and the module here whose main() takes the arguments.
 OTHERS = {
     "resume": ("Go on with a run that was interrupted, to the very result it would have had.", "resume"),
+    "what-if": ("What other losses and betas would make of a run's held-out rows, in seconds.", "what_if"),
     "precompute": ("Read the reference's log-probs of every row into the cache, without training.", "precompute"),
 }
 OWN = "A loss of your own: a function under `@loss` in a file of yours."
@@ -49,7 +50,7 @@ def _dispatch(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         from lite.cli import help
 
-        help.overview({**_verbs(), "FILE.py:FUNCTION": OWN})
+        help.overview(_panels())
         return 0
     if arguments[0] == "--version":
         print(f"lite {lite.__version__}")
@@ -67,6 +68,22 @@ def _verbs() -> dict[str, str]:
     """Each verb and its line."""
     losses = {name: signature.summary for name, signature in signatures.registered().items()}
     return {**losses, **{verb: line for verb, (line, _) in OTHERS.items()}}
+
+
+def _panels() -> dict[str, dict[str, str]]:
+    """The verbs by what they learn from; of a family of losses the one that it is named after comes first."""
+    panels: dict[str, dict[str, str]] = {
+        "Train on pairs": {},
+        "Train on pairs, beside a reference model": {},
+        "Train on single completions": {},
+        "Train by a loss of your own": {"FILE.py:FUNCTION": OWN},
+        "Other verbs": {verb: line for verb, (line, _) in OTHERS.items()},
+    }
+    losses = signatures.registered()
+    for name, signature in sorted(losses.items(), key=lambda item: item[0] != item[1].path.stem):
+        pairs = "Train on pairs, beside a reference model" if signature.reference else "Train on pairs"
+        panels[pairs if signature.example == "preference" else "Train on single completions"][name] = signature.summary
+    return panels
 
 
 def _check(verb: str) -> None:

@@ -17,11 +17,12 @@ LEFT = 30  # characters of the column of flags; a longer one has a line of its o
 ABOUT = "lite: fine-tune large language models on people's preferences, on one consumer GPU."
 
 
-def overview(verbs: Mapping[str, str]) -> None:
-    """Print what lite is, and a line for each verb."""
+def overview(panels: Mapping[str, Mapping[str, str]]) -> None:
+    """Print what lite is, and a line for each verb, panel by panel."""
     page = console()
     page.print(f"{ABOUT}\n\nUsage: lite VERB [OPTIONS]\n")
-    _entries(page, "Verbs", verbs.items())
+    for title, verbs in panels.items():
+        _entries(page, title, verbs.items())
     _entries(
         page,
         "Start here",

@@ -20,7 +20,7 @@ LITE = ROOT / "lite"
 FILES = sorted(path for path in LITE.rglob("*.py") if "__pycache__" not in path.parts)
 # Reading order: a file imports from its own room and from those before it. The bundled example imports nothing of lite.
 ROOMS = ["bundled", "errors", "spellings", "flat_yaml", "hyperparameters", "signatures", "misfits", "recipe"]
-ROOMS += ["loss", "data", "model", "memory", "engine", "reference", "train", "cli"]
+ROOMS += ["loss", "data", "model", "memory", "engine", "reference", "train", "judge", "cli"]
 # Third-party packages by the first room that may have them; `cli` adds its own and takes none of the machine's.
 MATHEMATICS = {"torch"}
 DATA = MATHEMATICS | {"transformers", "tokenizers", "jinja2", "pyarrow"}
@@ -40,6 +40,7 @@ PACKAGES = {
     "engine": MACHINE,
     "reference": MACHINE | {"xxhash"},
     "train": MACHINE,
+    "judge": MACHINE,
     "cli": {"typer", "rich"},
     "bundled": MACHINE,  # make.py trains the tiny model
     "__init__": set(),

@@ -1,50 +1,64 @@
 """What the policy said of the held-out rows at an evaluation: kept, so that other losses can be tried without a model.
 
-runs/NAME/logps/step-N.safetensors holds, for each completion of the loss, `NAME.tokens` (N,) float32 and `NAME.offsets`
-(B+1,) int64 in the order of the held-out rows, `NAME.keys` (B, 16) uint8, the content keys of the reference cache, and
-`ref_NAME.tokens` where the loss has a reference.
+runs/NAME/logps/step-N.safetensors holds all that the loss was given of the held-out rows, in their order. Of each Logps
+`NAME.tokens` (N,) float32 and `NAME.offsets` (B+1,) int64, those of the reference as `ref_NAME`; of each column of the
+rows, and of their weights, `NAME.values` (B,); of each completion `NAME.keys` (B, 16) uint8, its key in the reference
+cache.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lite.data.examples import TokenExample
 from lite.engine.objective import Data
+from lite.errors import RunError
 from lite.loss.logps import Logps
 from lite.reference.fill import keys_of
 
 FOLDER = "logps"
 
 
+class Judged(NamedTuple):
+    """What was kept of an evaluation, in the order of the held-out rows."""
+
+    data: Data  # what the loss was given, by its name
+    weights: Tensor  # (B,) float64: the rows' own
+    keys: dict[str, list[bytes]]  # of each completion, in the reference cache
+
+
 class Kept:
-    """Collects an evaluation's Logps, batch after batch."""
+    """Collects what an evaluation gives to the loss, batch after batch."""
 
     def __init__(self, completions: tuple[str, ...]) -> None:
         self.completions = completions
-        self.parts: dict[str, list[Logps]] = {}
+        self.parts: dict[str, list[Logps | Tensor]] = {}
 
     def see(self, data: Data) -> None:
         """Take in a batch."""
-        for name, logps in data.items():
-            if isinstance(logps, Logps) and name.removeprefix("ref_") in self.completions:
-                self.parts.setdefault(name, []).append(logps)
+        for name, part in data.items():
+            self.parts.setdefault(name, []).append(part)
 
     def save(self, folder: Path, step: int, examples: Sequence[TokenExample]) -> None:
         """Write the file of a step; `examples` are those that were seen, in their order."""
-        tensors: dict[str, Tensor] = {}
+        tensors = {"weight.values": torch.tensor([example.weight for example in examples], dtype=torch.float64)}
         for name, parts in self.parts.items():
-            tensors[f"{name}.tokens"] = torch.cat([part.tokens for part in parts]).float().cpu().contiguous()
-            lengths = torch.cat([part.length for part in parts]).cpu()
-            if name in self.completions:
+            if isinstance(parts[0], Tensor):
+                values = torch.cat(parts).cpu()
+                if len(values) == len(examples):  # else there were batches in which not every row had it
+                    tensors[f"{name}.values"] = values
+            else:
+                tensors[f"{name}.tokens"] = torch.cat([part.tokens for part in parts]).float().cpu().contiguous()
+                lengths = torch.cat([part.length for part in parts]).cpu()
                 tensors[f"{name}.offsets"] = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
         for c, name in enumerate(self.completions):
-            if name in self.parts:
-                keys = b"".join(keys_of(example)[c] for example in examples)
-                tensors[f"{name}.keys"] = torch.frombuffer(bytearray(keys), dtype=torch.uint8).view(-1, 16)
+            keys = b"".join(keys_of(example)[c] for example in examples)
+            tensors[f"{name}.keys"] = torch.frombuffer(bytearray(keys), dtype=torch.uint8).view(-1, 16)
         path = file_of(folder, step)
         path.parent.mkdir(exist_ok=True)
         unfinished = path.with_name(f".{path.name}")
@@ -63,17 +77,24 @@ def steps_of(folder: Path) -> list[int]:
     return sorted(int(number) for number in found if number.isdigit())
 
 
-def read(folder: Path, step: int) -> tuple[dict[str, Logps], dict[str, list[bytes]]]:
-    """The Logps by name, ref_ ones too where they were kept; and the cache's keys of each completion."""
-    tensors = load_file(file_of(folder, step))
-    logps, keys = {}, {}
+def read(folder: Path, step: int) -> Judged:
+    """What was kept of a step's evaluation. Raises RunError if the file is not there or not whole."""
+    path = file_of(folder, step)
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{path}: cannot be read: {error}. The run's other evaluations may be whole.") from None
+    data: Data = {}
+    keys = {}
     for name, tensor in tensors.items():
         role, _, what = name.rpartition(".")
         if what == "tokens":
-            logps[role] = Logps(tensor, tensors[f"{role.removeprefix('ref_')}.offsets"])
+            data[role] = Logps(tensor, tensors[f"{role}.offsets"])
         elif what == "keys":
             keys[role] = [bytes(row) for row in tensor.tolist()]
-    return logps, keys
+        elif what == "values":
+            data[role] = tensor
+    return Judged(data, data.pop("weight"), keys)
 
 
 def forget_after(folder: Path, step: int) -> None:

@@ -122,12 +122,12 @@ def by_model(
     started = time.perf_counter()
     recipe_of_it = reference_recipe(recipe)
     if recipe.ref is not None:
-        _require_same_words(recipe_of_it, tokenizer)
+        require_same_words(recipe_of_it, tokenizer)
     identity = identity_of(recipe_of_it, store)
     computed = 0
     if identity is None or missing(store, identity, examples, top_k=wanted_words(recipe)):
         stage(f"loading {recipe_of_it.model} as the reference")
-        model = _loaded(recipe_of_it)
+        model = loaded(recipe_of_it)
         identity = identity or identity_of(recipe_of_it, store)
         path, chosen = layouts.path_of(recipe), layouts.layout_of(recipe, model)
         if recipe.self_check:
@@ -171,14 +171,15 @@ def _fill(
     )
 
 
-def _loaded(recipe: Recipe) -> Model:
+def loaded(recipe: Recipe) -> Model:
+    """The recipe's model, with the adapter that it goes on from if it names one."""
     model = load.load_model(recipe)
     if adapters.continued_from(recipe) is None:
         return model
     return adapters.attach(model, recipe)
 
 
-def _require_same_words(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
+def require_same_words(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
     """A reference that means other words by the same ids would be read without any error, and mean nothing."""
     other = load.load_tokenizer(recipe)
     mine, theirs = tokenizer.get_vocab(), other.get_vocab()

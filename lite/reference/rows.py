@@ -15,6 +15,8 @@ from torch import Tensor
 
 from lite.errors import ModelError, raise_collected
 
+KEY_BYTES = 16
+
 
 class Row(NamedTuple):
     """The log-probs of a completion's tokens: (length,) float32, nats; `place` for messages: `pairs.jsonl:17`."""
@@ -53,6 +55,7 @@ def require_finite(rows: Sequence[Row] | Sequence[TopRow]) -> None:
 
 def packed(identity: bytes, row: Row) -> tuple[bytes, bytes, int, float, bytes, bytes]:
     """The columns of table logps. Raises ValueError if the tokens are not a row of float32."""
+    _require_key(row.key)
     if row.tokens.dtype != torch.float32 or row.tokens.ndim != 1:
         raise ValueError(f"tokens {row.tokens.dtype} {tuple(row.tokens.shape)}: expected float32 (length,)")
     length, total, tokens = len(row.tokens), float(row.tokens.double().sum()), _bytes(row.tokens)
@@ -69,6 +72,7 @@ def unpacked(identity: bytes, key: bytes, *columns: Any) -> Tensor | None:
 
 def packed_top(identity: bytes, k: int, row: TopRow) -> tuple[bytes, bytes, int, int, bytes, bytes, bytes]:
     """The columns of table tops. Raises ValueError on another shape, dtype or order."""
+    _require_key(row.key)
     shape = (len(row.logps), k)
     if row.logps.dtype != torch.float32 or row.logps.shape != shape or row.ids.shape != shape:
         given = f"logps {row.logps.dtype} {tuple(row.logps.shape)}, ids {tuple(row.ids.shape)}"
@@ -103,6 +107,11 @@ def checksum(*columns: Any) -> bytes | None:
         else:
             return None
     return digest.digest()
+
+
+def _require_key(key: bytes) -> None:
+    if not isinstance(key, bytes) or len(key) != KEY_BYTES:
+        raise ValueError(f"key {key!r}: expected {KEY_BYTES} bytes, as completion_key makes them")
 
 
 def _bytes(values: Tensor) -> bytes:

@@ -224,6 +224,23 @@ def test_what_may_not_be_written_to(what: str, identity: Identity, rows: Rows) -
     assert status == 0
 
 
+def test_a_transaction_that_is_interrupted_leaves_nothing(tmp_path: Path) -> None:
+    """Ctrl-C between two statements."""
+    opened = database.Database(tmp_path)
+
+    def interrupted(connection: sqlite3.Connection) -> None:
+        connection.execute("INSERT INTO model_files VALUES ('weights', 'digest')")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        opened.write(interrupted)
+    count = "SELECT count(*) FROM model_files"
+    assert opened.run(lambda connection: connection.execute(count).fetchone()) == (0,)
+    opened.write(lambda connection: connection.execute("INSERT INTO model_files VALUES ('weights', 'digest')"))
+    assert opened.run(lambda connection: connection.execute(count).fetchone()) == (1,)
+    opened.close()
+
+
 def test_somebody_who_does_not_let_go(
     store: Store, identity: Identity, rows: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -96,6 +96,12 @@ def test_only_rows_of_float32(store: Store, identity: Identity, tokens: torch.Te
         store.put(identity, [Row(b"k" * 16, tokens)])
 
 
+@pytest.mark.parametrize("key", [b"short", "k" * 16, None])
+def test_only_keys_of_16_bytes(store: Store, identity: Identity, key: object) -> None:
+    with pytest.raises(ValueError, match="expected 16 bytes"):
+        store.put(identity, [Row(key, torch.zeros(2))])
+
+
 def test_tops_come_back_and_serve_a_smaller_k(store: Store, identity: Identity, tops: Tops) -> None:
     given = tops(3, k=8)
     keys = [row.key for row in given]

@@ -132,6 +132,12 @@ def test_the_digest_is_of_names_and_content_alone(model: Path, store: Store, tmp
     assert files_digest(model, store) != before
 
 
+def test_a_renamed_file_is_another_model(model: Path, store: Store) -> None:
+    before = files_digest(model, store)
+    (model / "modeling_own.py").rename(model / "modeling_owt.py")
+    assert files_digest(model, store) != before
+
+
 def test_bin_files_count_where_transformers_takes_them(model: Path, store: Store) -> None:
     """Without model.safetensors or its index; a safetensors file of another name does not matter to it."""
     for path in model.glob("model*.safetensors*"):

@@ -66,6 +66,8 @@ def _of_reference(
     if "top_k" in asked and not signature.soft:
         text = f" = {values['top_k']!r}: {signature.name} does not learn from the reference's words. Leave it out."
         found.append(Problem("top_k", text))
+    if signature.soft and not signature.terms and "ref" not in asked:
+        found.append(Problem("ref", f": {signature.name} learns from another model, and none is named. Give --ref."))
     if "ref_columns" in asked:
         beside = " beside ref_columns: the data brings its reference. Take one of them."
         found += [Problem(key, f" = {values[key]!r}{beside}") for key in ("ref", "refresh_reference") if key in asked]

@@ -47,9 +47,6 @@ PACKAGES = {
 }
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "base", "manager", "misc"}
 LONGEST = 300  # lines
-# Drawn before they are read; when the last room stands this is empty, and a setting that nothing reads is a fault.
-NOT_YET_READ: set[str] = {"loss", "ref", "ref_adapter", "ref_load_in_4bit", "ref_columns", "refresh_reference", "top_k"}
-NOT_YET_READ |= {"cache", "safety", "scalar_learning_rate"}
 
 
 def room(path: Path) -> str:
@@ -165,8 +162,9 @@ def test_every_setting_is_read() -> None:
     }
     if "peak_learning_rate" in read:
         read.add("learning_rate")
-    unread = Recipe.model_fields.keys() - read
-    assert unread == NOT_YET_READ
+    if "signature" in read:
+        read.add("loss")
+    assert not Recipe.model_fields.keys() - read
 
 
 def test_the_readmes_tree_is_true() -> None:

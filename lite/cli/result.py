@@ -14,7 +14,7 @@ from lite.cli.progress import GIB, duration
 SHOWN_CHARACTERS = 400  # of a sample; samples.json has all of it
 # What is compared: key, name, form.
 COMPARED = (
-    ("eval_rewards/accuracies", "accuracy: chosen is likelier", "{:.1%}"),
+    ("eval_rewards/accuracies", "accuracy: preferred as labelled", "{:.1%}"),
     ("eval_rewards/margins", "margin: reward of chosen − rejected", "{:.4f}"),
     ("eval_loss", "loss", "{:.4f}"),
 )

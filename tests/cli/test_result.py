@@ -28,7 +28,7 @@ def test_page(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert "runs/one: 3 steps in 1 min 2 s, 3.00 GiB at most" in text
     rows = {line.split("  ")[0]: line.split() for line in text.splitlines()}
-    assert rows["accuracy: chosen is likelier"][-2:] == ["50.0%", "97.5%"]
+    assert rows["accuracy: preferred as labelled"][-2:] == ["50.0%", "97.5%"]
     assert rows["loss"][-2:] == ["2.0000", "1.0000"]
     assert "2 + 2?" in text
     assert text.endswith("adapter   runs/one/adapter\n")

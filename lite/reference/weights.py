@@ -8,9 +8,8 @@ import enum
 import fnmatch
 import json
 import os
-import sys
+import struct
 import time
-from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -151,10 +150,8 @@ def tensors_digest(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -
 
 def completion_key(prompt: Sequence[int], completion: Sequence[int]) -> bytes:
     """16 bytes that stand for token ids in the cache: another id, or another end of the prompt, is another key."""
-    words = array("i", (len(prompt), len(completion), *prompt, *completion))
-    if sys.byteorder == "big":
-        words.byteswap()
-    return xxhash.xxh3_128(words).digest()
+    count = 2 + len(prompt) + len(completion)
+    return xxhash.xxh3_128(struct.pack(f"<{count}i", len(prompt), len(completion), *prompt, *completion)).digest()
 
 
 def _deciding_files(folder: Path) -> dict[str, Path]:

@@ -151,7 +151,7 @@ def set_up(
         filled = precompute.by_policy(here, store, examples, model, chosen, path, progress.rows)
     reference: Reference | None = FromColumns() if recipe.ref_columns else None
     if store and filled:
-        progress.note(f"reference: {filled.computed} rows computed, {filled.reused} found in {store.file}")
+        progress.note(f"reference: {filled.computed} rows computed, {filled.reused} found in {store.path}")
         reference = Cached(store, filled.identity, precompute.wanted_words(recipe))
     scalars = Scalars.of(recipe, model.device)
     objective = Objective.of(recipe.signature, recipe.hyperparameters, scalars.values)

@@ -2,8 +2,10 @@
 
 A row becomes a typed example (`formats`, `reading`), an example becomes token ids through the model's chat template
 (`template`, `tokenise`), some are held out (`held_out`), and the ledger says what was kept, cut, dropped or bad.
-`prepare` tells that story whole; `packs` lays the token examples out for the model. A user's mistakes are collected
-with file and line and raised once. Importing the room imports neither torch nor transformers.
+What a row says beside its texts is read once for all layouts (`columns`); KTO's rows get a `partners` completion and
+`balance` looks at their labels. `prepare` tells that story whole; `packs` lays the token examples out for the model. A
+user's mistakes are collected with file and line and raised once. Importing the room imports neither torch nor
+transformers.
 """
 
 from lite.data.examples import Example, Place, Preference, PromptCompletion, TokenExample, UnpairedPreference

@@ -43,6 +43,7 @@ class UnpairedPreference:
     label: bool
     place: Place
     weight: float = 1.0
+    unsafe: bool = False  # of a pair's rejected completion: whether it is marked as such
 
 
 @dataclass(frozen=True)

@@ -212,8 +212,13 @@ def _agrees(asked: Text, shared: Text) -> None:
 
 
 def _label(value: Any) -> bool:
-    spelled = {"true": True, "false": False, "1": True, "0": False}
-    label = spelled.get(str(value).strip().lower()) if isinstance(value, bool | int | str) else None
-    if label is None:
-        raise BadRow(f"label = {shown(value)}: expected true (desirable) or false.")
-    return label
+    return truth(value, "label", "true (desirable) or false")
+
+
+def truth(value: Any, name: str, expected: str) -> bool:
+    """True or false as JSON, CSV and columns that lack some values (1.0) spell it. Raises BadRow."""
+    spelled = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
+    said = spelled.get(str(value).strip().lower()) if isinstance(value, bool | int | float | str) else None
+    if said is None:
+        raise BadRow(f"{name} = {shown(value)}: expected {expected}.")
+    return said

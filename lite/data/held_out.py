@@ -44,5 +44,7 @@ def _prompt(example: Example) -> str:
 
 
 def _whole(example: Example) -> str:
-    content = {name: value for name, value in asdict(example).items() if name != "place"}
+    # What only some runs read of a row must not decide which rows are held out.
+    apart = {"place", "margin", "unsafe", "ref_totals"}
+    content = {name: value for name, value in asdict(example).items() if name not in apart}
     return json.dumps(content, sort_keys=True, default=str)

@@ -16,9 +16,13 @@ Reasons = dict[str, list[Place]]
 
 @dataclass
 class Ledger:
-    """Rows by what became of them and why. A cut row is kept too; a bad one could not be read and was skipped."""
+    """Rows by what became of them and why. A cut row is kept too; a bad one could not be read and was skipped.
+
+    Where rows give several examples, as pairs do that become two, these are counted, and `counted` says so.
+    """
 
     kept: int = 0
+    counted: str = "rows"
     cut: Reasons = field(default_factory=lambda: defaultdict(list))
     dropped: Reasons = field(default_factory=lambda: defaultdict(list))
     bad: Reasons = field(default_factory=lambda: defaultdict(list))
@@ -27,7 +31,7 @@ class Ledger:
 
     @property
     def rows(self) -> int:
-        """Rows that the files hold."""
+        """What is counted, in all."""
         return self.kept + _count(self.dropped) + _count(self.bad)
 
     def skip(self, problems: Iterable[Problem]) -> None:
@@ -42,19 +46,19 @@ class Ledger:
             return
         reasons = "\n".join(_lines("dropped", self.dropped))
         raise DataError(
-            f"{dropped} of {self.kept + dropped} rows do not fit and would be dropped: more than 5 %.\n{reasons}\n"
-            f"Raise --max-length (now {max_length} tokens), or go on without them: --allow-dropped."
+            f"{dropped} of {self.kept + dropped} {self.counted} do not fit and would be dropped: more than 5 %.\n"
+            f"{reasons}\nRaise --max-length (now {max_length} tokens), or go on without them: --allow-dropped."
         )
 
     def to_dict(self) -> dict[str, Any]:
         """The ledger as JSON takes it: for each reason the row numbers by file."""
         parts = {"cut": self.cut, "dropped": self.dropped, "bad": self.bad, "remarks": self.remarks}
         told = {name: {why: _by_file(places) for why, places in part.items()} for name, part in parts.items()}
-        return {"rows": self.rows, "kept": self.kept, **told, "notes": self.notes}
+        return {self.counted: self.rows, "kept": self.kept, **told, "notes": self.notes}
 
     def lines(self) -> list[str]:
         """The ledger for people: one line in all, then one for each reason."""
-        total = f"kept {self.kept} of {self.rows} rows"
+        total = f"kept {self.kept} of {self.rows} {self.counted}"
         counts = {"cut": _count(self.cut), "dropped": _count(self.dropped), "skipped as bad": _count(self.bad)}
         said = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
         return [
@@ -80,7 +84,8 @@ def _by_file(places: Iterable[Place]) -> dict[str, list[int]]:
 
 def _lines(word: str, reasons: Mapping[str, list[Place]]) -> list[str]:
     lines = []
-    for why, places in reasons.items():
+    for why, found in reasons.items():
+        places = list(dict.fromkeys(found))  # both examples of a row may have the same fate
         files = _by_file(places[:ROWS_NAMED])
         named = "; ".join(f"{file}:{', '.join(map(str, rows))}" for file, rows in files.items())
         named += " …" if len(places) > ROWS_NAMED else ""

@@ -7,14 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lite.data import columns
 from lite.data.examples import Example, TokenExample
 from lite.data.held_out import split
 from lite.data.ledger import Ledger
+from lite.data.partners import with_partners
 from lite.data.problems import Problem, told
 from lite.data.reading import Reading, read
 from lite.data.source import read_rows
 from lite.data.template import Template, read_template
-from lite.data.tokenise import tokenise
+from lite.data.tokenise import Tokenised, tokenise
 from lite.errors import DataError, raise_collected
 from lite.recipe import BUNDLED, Recipe
 
@@ -42,8 +44,9 @@ class Prepared:
 def prepare(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase", *, progress: Progress | None = None) -> Prepared:
     """Read, tokenise and split the recipe's data.
 
-    Raises DataError once for all that is wrong with the files and rows, unless skip_bad_rows; and where more than
-    5 % of the rows are too long, unless allow_dropped. progress(done, total) counts examples.
+    Raises DataError once for all that is wrong with the files and rows, unless skip_bad_rows; where more than 5 % of
+    the rows are too long, unless allow_dropped; and where no row is left, or none is what the recipe needs one of.
+    progress(done, total) counts examples.
     """
     template = read_template(tokenizer, recipe.chat_template)
     train, held_out, ledger, problems = _examples(recipe, template)
@@ -63,25 +66,28 @@ def prepare(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase", *, progress: P
     _settle(recipe, ledger, problems)
     if not sides[0].tokens:
         raise DataError(f"{recipe.data}: no row is left to train on. {ledger.lines()[0]}.")
+    tokens = _finished(recipe, *sides, ledger)
     return Prepared(
-        train=sides[0].tokens,
-        held_out=sides[1].tokens,
+        train=tokens[0],
+        held_out=tokens[1],
         train_examples=sides[0].examples,
         held_out_examples=sides[1].examples,
         ledger=ledger,
-        digest=digest(sides[0].tokens, sides[1].tokens),
+        digest=digest(*tokens),
         stop_ids=template.stop_ids,
         bad_rows=[str(problem) for problem in problems],
     )
 
 
 def digest(train: Sequence[TokenExample], held_out: Sequence[TokenExample]) -> str:
-    """A hash of every token, label and weight, in order; places are left out, so a moved file is the same data."""
+    """A hash of all that a loss is given, in order; places are left out, so a moved file is the same data."""
     content = hashlib.blake2b(digest_size=16)
     for side in (train, held_out):
         content.update(f"side {len(side)};".encode())
         for example in side:
             content.update(f"{example.label} {example.weight!r}".encode())
+            if (beside := (example.margin, example.ref_totals)) != (None, None):
+                content.update(f" {beside!r}".encode())
             for ids in (example.prompt, *example.completions):
                 content.update(f";{len(ids)}:".encode())
                 content.update(array("i", ids).tobytes())
@@ -103,6 +109,8 @@ def _examples(recipe: Recipe, template: Template) -> tuple[list[Example], list[E
                 unreadable.append(str(error))
     raise_collected(DataError, "The data cannot be read:", unreadable)
     ledger = Ledger(notes=[note for reading in readings.values() for note in reading.notes])
+    if any(reading.splits for reading in readings.values()):
+        ledger.counted = "examples"
     train = readings["data"].examples
     if "eval_data" in readings:
         return train, readings["eval_data"].examples, ledger, problems
@@ -123,14 +131,32 @@ def _read(recipe: Recipe, template: Template, key: str, path: str, problems: lis
         columns=recipe.columns,
         format=recipe.format,
         chat=template.source is not None,
+        uses=columns.used(recipe),
     )
     problems += unread + reading.problems
     return reading
 
 
+def _finished(
+    recipe: Recipe, train: Tokenised, held_out: Tokenised, ledger: Ledger
+) -> tuple[list[TokenExample], list[TokenExample]]:
+    """Both sides' token examples with what only the whole of the data can tell: weights for safety, and partners."""
+    sides = [train.tokens, held_out.tokens]
+    if recipe.safety:
+        weighed = [columns.weighed_for_safety(side.tokens, side.examples, recipe.safety) for side in (train, held_out)]
+        columns.require_unsafe(recipe.safety, weighed[0][1], len(train.tokens))
+        marked = sum(count for _, count in weighed)
+        ledger.notes.append(f"{marked} rejected completions are marked unsafe: each counts {1 + recipe.safety:g} times")
+        sides = [tokens for tokens, _ in weighed]
+    if "kl" in recipe.signature.completions:
+        lenders = with_partners(sides[0], recipe.max_length)
+        return lenders, with_partners(sides[1], recipe.max_length, beside=lenders)
+    return sides[0], sides[1]
+
+
 def _settle(recipe: Recipe, ledger: Ledger, problems: list[Problem]) -> None:
     """Stop for bad rows and for too many dropped ones, as far as the recipe does not allow them."""
-    problems.sort(key=lambda problem: problem.place)
+    problems[:] = sorted(dict.fromkeys(problems), key=lambda problem: problem.place)
     if not recipe.skip_bad_rows:
         raise_collected(
             DataError,

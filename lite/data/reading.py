@@ -1,16 +1,17 @@
 """From rows to examples of the type that a loss learns from, with every problem collected."""
 
 import difflib
-import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from lite import signatures
+from lite.data import columns as beside
 from lite.data import turns
 from lite.data.examples import Example, Place, Preference, PromptCompletion, UnpairedPreference
 from lite.data.formats import FORMATS, SYNONYMS, Format, Row
-from lite.data.problems import BadRow, Problem, shown
+from lite.data.problems import BadRow, Problem
 from lite.errors import RecipeError
 
 TYPES = {"preference": Preference, "unpaired": UnpairedPreference, "completion": PromptCompletion}
@@ -21,6 +22,7 @@ SOURCES = {
     "unpaired": (UnpairedPreference, Preference),
     "completion": (PromptCompletion, Preference, UnpairedPreference),
 }
+OTHER_NAMES = SYNONYMS | beside.SYNONYMS
 
 
 class Reading(NamedTuple):
@@ -30,6 +32,11 @@ class Reading(NamedTuple):
     problems: list[Problem]
     notes: list[str]
 
+    @property
+    def splits(self) -> bool:
+        """Whether some row gave several examples."""
+        return len({example.place for example in self.examples}) < len(self.examples)
+
 
 def read(
     rows: Iterable[tuple[Place, Row]],
@@ -38,12 +45,13 @@ def read(
     columns: Mapping[str, str] | None = None,
     format: str | None = None,
     chat: bool = True,
+    uses: Collection[str] = (),
 ) -> Reading:
     """Rows as examples of one type: "preference", "unpaired" or "completion".
 
     columns maps our names to the user's: {"prompt": "question"}. chat turns transcripts into messages; without it
-    they stay text. Raises RecipeError for a format or a column of ours that does not exist; problems of rows are
-    returned.
+    they stay text. uses names what a pair must bring beside its texts: margin, unsafe, ref_totals. Raises RecipeError
+    for a format or a column of ours that does not exist; problems of rows are returned.
     """
     columns = dict(columns or {})
     _check(columns, format)
@@ -54,10 +62,11 @@ def read(
     for place, row in rows:
         try:
             named = _named(row, columns)
-            chosen = _choose(named, row, formats, example=example, asked=format)
-            found.examples.extend(_examples(chosen, named, place, example=example, chat=chat))
+            chosen = _choose(named, row, formats, asked=format)
+            one = beside.with_columns(_read(chosen, named, place, example=example, chat=chat), named, uses)
+            found.examples.extend(_as_type(one, example))
             used[place.file, chosen.name] += 1
-            unused.update(named.keys() - {*chosen.keys, *chosen.optional, "weight"})
+            unused.update(named.keys() - {*chosen.keys, *chosen.optional, *beside.NAMES})
         except BadRow as error:
             found.problems.append(Problem(place, str(error)))
     found.notes.extend(_notes(used, unused, example))
@@ -69,7 +78,7 @@ def _check(columns: Mapping[str, str], format: str | None) -> None:
         near = difflib.get_close_matches(format, FORMATS, n=1)
         meant = f" Did you mean {near[0]}?" if near else ""
         raise RecipeError(f"format = {format!r}: no such format.{meant} Known: {_known()}.")
-    known = {key for f in FORMATS.values() for key in f.keys + f.optional} | {"weight"}
+    known = {key for f in FORMATS.values() for key in f.keys + f.optional} | {*beside.NAMES}
     for ours in columns:
         if ours not in known:
             near = difflib.get_close_matches(ours, known, n=1)
@@ -88,14 +97,14 @@ def _named(row: Row, columns: Mapping[str, str]) -> Row:
     taken = {ours: row[yours] for ours, yours in columns.items()}
     named = {k: v for k, v in row.items() if k not in columns.values() and k not in columns} | taken
     named = {k: v for k, v in named.items() if v is not None}
-    for ours, others in SYNONYMS.items():
+    for ours, others in OTHER_NAMES.items():
         other = next((name for name in others if name in named), None)
         if ours not in named and other:
             named[ours] = named.pop(other)
     return named
 
 
-def _choose(named: Row, row: Row, formats: list[Format], *, example: str, asked: str | None) -> Format:
+def _choose(named: Row, row: Row, formats: list[Format], *, asked: str | None) -> Format:
     """The format with most keys in the named row; on a tie the one registered first. `row` has the user's names."""
     keys = frozenset(named)
     best = max(formats, key=lambda f: f.matches(keys))
@@ -109,24 +118,28 @@ def _choose(named: Row, row: Row, formats: list[Format], *, example: str, asked:
     advice = f"Rename the columns with --columns {','.join(f'{key}=YOURS' for key in missing)}"
     if asked:
         raise BadRow(f"the format {near} misses {', '.join(missing)} in a row with the keys {found}. {advice}.")
-    reads_other = [f.name for f in FORMATS.values() if f.matches(keys)]
-    other = f"{reads_other[0]} reads them, but gives no {example}. " if reads_other else ""
+    other = max(FORMATS.values(), key=lambda f: f.matches(keys))
+    told = f"no format reads the keys {found}.\n"
+    if other.matches(keys):
+        told = f"no format of this loss reads the keys {found}.\n    {other} does, for {_verbs(other.gives)}.\n"
     raise BadRow(
-        f"no format reads the keys {found}.\n    {other}Known formats: {'; '.join(map(str, formats))}.\n"
+        f"{told}    Known formats: {'; '.join(map(str, formats))}.\n"
         f"    Nearest is {near.name}, which misses {', '.join(missing)}. {advice}, or add a function to "
         "lite/data/formats.py."
     )
 
 
-def _examples(chosen: Format, row: Row, place: Place, *, example: str, chat: bool) -> list[Example]:
+def _verbs(gives: type) -> str:
+    """The verbs that learn from a type of example: `lite sft` or `lite distill`."""
+    verbs = [name for name, signature in signatures.registered().items() if TYPES[signature.example] is gives]
+    return " or ".join(f"`lite {verb}`" for verb in verbs)
+
+
+def _read(chosen: Format, row: Row, place: Place, *, example: str, chat: bool) -> Example:
     one = chosen.reader(row, place)
     if isinstance(one, Preference) and example != "completion" and _same(one.chosen, one.rejected):
         raise BadRow("chosen and rejected are identical: expected two different completions. Remove the row.")
-    if chat:
-        one = _spoken(one)
-    if "weight" in row:
-        one = replace(one, weight=_weight(row["weight"]))
-    return _as_type(one, example)
+    return _spoken(one) if chat else one
 
 
 def _as_type(one: Example, example: str) -> list[Example]:
@@ -143,9 +156,12 @@ def _as_type(one: Example, example: str) -> list[Example]:
     if example == "unpaired" and isinstance(one, Preference):
         return [
             UnpairedPreference(one.prompt, one.chosen, True, place, weight),
-            UnpairedPreference(one.prompt, one.rejected, False, place, weight),
+            UnpairedPreference(one.prompt, one.rejected, False, place, weight, one.unsafe),
         ]
-    raise BadRow(f"its format gives a {type(one).__name__}, which is no {example}: expected another --format.")
+    raise BadRow(
+        f"its format gives a {type(one).__name__}, which is no {example}: expected another --format, or "
+        f"{_verbs(type(one))}."
+    )
 
 
 def _spoken(one: Example) -> Example:
@@ -162,16 +178,6 @@ def _spoken(one: Example) -> Example:
 
 def _same(chosen: Any, rejected: Any) -> bool:
     return turns.as_messages(chosen, "assistant") == turns.as_messages(rejected, "assistant")
-
-
-def _weight(value: Any) -> float:
-    try:
-        weight = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        weight = math.nan
-    if not 0 < weight < math.inf:
-        raise BadRow(f"weight = {shown(value)}: expected a number above 0.")
-    return weight
 
 
 def _notes(used: Counter[tuple[str, str]], unused: set[str], example: str) -> list[str]:

@@ -26,6 +26,7 @@ CHUNK = 256  # examples whose texts are encoded in one call
 CUT = "turns cut from the prompt's start to fit max_length"
 TOO_LONG = "the last turn and a completion are longer than max_length"
 OTHERS_INSIDE = "the completion has turns of others than the assistant, and every token of it is scored, theirs too"
+NEGATIVE = "its margin is below 0: by its own numbers rejected is the better one"
 END_INSIDE = "the text itself holds the end-of-turn token {!r}, where a model stops; take it out of the text"
 
 
@@ -75,6 +76,8 @@ def tokenise(
                 ledger.kept += 1
                 if _holds(example, template.end_of_turn):
                     ledger.remarks[END_INSIDE.format(template.end_of_turn)].append(example.place)
+                if isinstance(example, Preference) and (example.margin or 0) < 0:
+                    ledger.remarks[NEGATIVE].append(example.place)
                 said = [turn for text in completions(example) for turn in turns.as_messages(text, "assistant")]
                 if any(turn["role"] != "assistant" for turn in said):
                     ledger.remarks[OTHERS_INSIDE].append(example.place)
@@ -167,6 +170,8 @@ def _assembled(
         place=example.place,
         weight=example.weight,
         label=example.label if isinstance(example, UnpairedPreference) else None,
+        margin=example.margin if isinstance(example, Preference) else None,
+        ref_totals=example.ref_totals if isinstance(example, Preference) else None,
     )
 
 
@@ -216,6 +221,12 @@ def _cut(
         if isinstance(made, BadRow):
             return made
         if made.longest <= max_length:
+            if made.ref_totals is not None:
+                return BadRow(
+                    f"its prompt must be cut to fit max_length ({max_length} tokens), and its ref_chosen_logps and "
+                    "ref_rejected_logps are those after the whole prompt. Raise --max-length, or leave out "
+                    "--ref-columns."
+                )
             ledger.cut[f"{CUT} ({max_length} tokens)"].append(example.place)
             return made
     ledger.dropped[f"{TOO_LONG} ({max_length} tokens)"].append(example.place)

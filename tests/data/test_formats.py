@@ -176,11 +176,15 @@ def test_layouts_of_completions(name):
 
 
 @pytest.mark.parametrize(
-    ("value", "label"), [(True, True), (False, False), ("false", False), ("True", True), (1, True)]
+    ("value", "label"), [(True, True), (False, False), ("false", False), ("True", True), (1, True), (0.0, False)]
 )
 def test_layouts_of_unpaired(value, label):
     expected = UnpairedPreference(TALK, [assistant("Yes")], label, PLACE)
     assert one({"messages": [*TALK, assistant("Yes")], "label": value}, "unpaired") == expected
+    share_gpt = {"conversations": [{"from": "human", "value": "Up?"}, {"from": "gpt", "value": "Yes"}]}
+    trl = {"prompt": [user("Up?")], "completion": [assistant("Yes")]}
+    expected = UnpairedPreference([user("Up?")], [assistant("Yes")], label, PLACE)
+    assert one(share_gpt | {"kto_tag": value}, "unpaired") == one(trl | {"label": value}, "unpaired") == expected
     row = {"instruction": "Up?", "output": "Yes", "kto_tag": value}
     assert one(row, "unpaired") == UnpairedPreference("Up?", "Yes", label, PLACE)
 
@@ -287,6 +291,8 @@ def test_what_is_said_of_a_bad_pair(row, message):
     [
         ({"prompt": "Up?", "completion": "Yes", "label": 3}, "unpaired",
          "label = 3: expected true (desirable) or false."),
+        ({"prompt": "Up?", "completion": "Yes", "label": 0.5}, "unpaired",
+         "label = 0.5: expected true (desirable) or false."),
         ({"prompt": "Up?", "completion": "Yes", "label": "good"}, "unpaired",
          "label = 'good': expected true (desirable) or false."),
         ({"prompt": "Up?", "completion": "No", "label": False}, "completion",
@@ -317,8 +323,22 @@ def test_keys_that_no_format_reads():
     )
 
 
-def test_keys_that_give_another_type_of_example():
-    assert "prompt_completion reads them, but gives no preference." in problem({"prompt": "Up?", "completion": "Yes"})
+@pytest.mark.parametrize(
+    ("row", "example", "told"),
+    [
+        ({"prompt": "Up?", "completion": "Yes"}, "preference",
+         "prompt_completion (prompt, completion) does, for `lite distill` or `lite sft`."),
+        ({"prompt": "Up?", "completion": "Yes", "kto_tag": True}, "preference",
+         "labelled_completion (prompt, completion, label) does, for `lite kto`."),
+        ({"messages": [*TALK, assistant("Yes")]}, "unpaired",
+         "conversation (messages) does, for `lite distill` or `lite sft`."),
+    ],
+)  # fmt: skip
+def test_keys_that_give_another_type_of_example_name_the_verbs_that_learn_from_them(row, example, told):
+    lines = problem(row, example).splitlines()
+    assert lines[0] == f"pairs.jsonl:17: no format of this loss reads the keys {sorted(row)}."
+    assert lines[1].strip() == told
+    assert lines[2].strip().startswith("Known formats: preference")
 
 
 def test_a_null_is_a_missing_key():
@@ -337,7 +357,8 @@ def test_asked_format_and_columns_must_fit():
         "pairs.jsonl:17: there is no column 'good' as --columns says; the row has ['answer', 'prompt']."
     )
     assert problem({"messages": [*TALK, assistant("Yes")]}, format="conversation") == (
-        "pairs.jsonl:17: its format gives a PromptCompletion, which is no preference: expected another --format."
+        "pairs.jsonl:17: its format gives a PromptCompletion, which is no preference: expected another --format, or "
+        "`lite distill` or `lite sft`."
     )
     with pytest.raises(
         RecipeError, match=r"^format = 'preferences': no such format\. Did you mean preference\? Known:"

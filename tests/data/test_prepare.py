@@ -11,7 +11,7 @@ from lite.data.prepare import digest
 from lite.errors import DataError
 from lite.recipe import Recipe
 
-from .conftest import CHATML, PLAIN_END, SHARED, made
+from .conftest import CHATML, MISTRAL, PLAIN_END, SHARED, made
 
 
 def pair(i: int, **more: object) -> dict:
@@ -157,6 +157,7 @@ REAL = [
     ("sft", "dpo_en_demo.json", 300, "conversation_preference"),
     ("sft", "alpaca_en_demo.json", 999, "prompt_completion"),
     ("sft", "kto_en_demo.json", 150, "labelled_conversation"),
+    ("kto", "kto_en_demo.json", 300, "labelled_conversation"),
 ]
 
 
@@ -171,6 +172,58 @@ def test_real_files(method, name, kept, format, chatml):
     for example in prepared.train:
         assert chatml.decode(example.prompt).endswith("<|im_start|>assistant\n")
         assert all(completion[-1] == end and completion.count(end) == 1 for completion in example.completions)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the real files are not here")
+def test_real_rows_of_kto(chatml):
+    """Each has its label, its own completion first, and after its prompt another row's."""
+    rows = json.loads((SHARED / "kto_en_demo.json").read_text())
+    prepared = prepare(Recipe(method="kto", data=str(SHARED / "kto_en_demo.json"), max_length=100_000), chatml)
+    for side in (prepared.train, prepared.held_out):
+        said = {example.completions[0] for example in side}
+        for example in side:
+            row = rows[example.place.row - 1]
+            own, partner = example.completions
+            assert example.label is row["label"]
+            assert chatml.decode(own) == row["messages"][-1]["content"] + "<|im_end|>"
+            assert partner in said - {own}
+    assert len({example.completions[1] for example in prepared.train}) > 0.95 * len(prepared.train)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the real files are not here")
+def test_real_pairs_for_kto_are_counted_as_examples(chatml):
+    prepared = prepare(Recipe(method="kto", data=str(SHARED / "dpo_en_demo.json"), max_length=100_000), chatml)
+    assert prepared.ledger.lines()[0] == "kept 600 of 600 examples"
+    assert prepared.ledger.to_dict()["examples"] == 600
+    assert sorted({example.label for example in prepared.train}) == [False, True]
+    prompts = {example.completions[0]: example.prompt for example in prepared.train}
+    assert all(prompts[example.completions[1]] != example.prompt for example in prepared.train)
+
+
+def test_both_examples_of_a_pair_are_one_row_where_rows_are_named(write, chatml):
+    """Both are too long, and the template refuses both: each time one row, told once."""
+    rows = [pair(i) for i in range(10)] + [{"prompt": "long " * 50, "chosen": "Yes", "rejected": "No"}]
+    recipe = {"method": "kto", "data": write("pairs.jsonl", jsonl(rows)), "max_length": 200}
+    with pytest.raises(DataError) as error:
+        prepare(Recipe(**recipe), chatml)
+    assert str(error.value).splitlines()[:2] == [
+        "2 of 22 examples do not fit and would be dropped: more than 5 %.",
+        "  dropped: the last turn and a completion are longer than max_length (200 tokens): 1 row: pairs.jsonl:11",
+    ]
+    talk = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]
+    refused = write("refused.jsonl", jsonl([*rows[:10], {"prompt": talk, "chosen": "Yes", "rejected": "No"}]))
+    with pytest.raises(DataError, match=r"^1 rows cannot be used:\n  refused\.jsonl:11: the chat template[^\n]*\nMend"):
+        prepare(Recipe(method="kto", data=refused), made(MISTRAL, bos="<|begin_of_text|>"))
+
+
+def test_kto_lends_the_held_out_row_a_completion_where_it_is_alone(write, chatml):
+    rows = [{"prompt": f"Question {i}?", "completion": f"Yes {i}", "label": i % 2 == 0} for i in range(20)]
+    prepared = prepare(Recipe(method="kto", data=write("a.jsonl", jsonl(rows))), chatml)
+    (alone,) = prepared.held_out
+    assert alone.completions[1] in {example.completions[0] for example in prepared.train}
+    alike = write("b.jsonl", jsonl([row | {"completion": "Yes"} for row in rows]))
+    with pytest.raises(DataError, match=r"^b\.jsonl: KTO measures .* of all 19 rows are alike: no row has another\."):
+        prepare(Recipe(method="kto", data=alike), chatml)
 
 
 def test_importing_the_room_imports_neither_torch_nor_transformers():

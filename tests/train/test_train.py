@@ -34,6 +34,9 @@ class Listener:
 
     note = stage
 
+    def rows(self, done: int, total: int) -> None:
+        pass
+
     def steps(self, total: int, done: int) -> None:
         self.began = total, done
 

@@ -16,6 +16,7 @@ from lite.errors import DataError, RecipeError
 from lite.recipe import Recipe
 
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
+BETTER = "a finite number of at least 0: below it, rejected would be the better one"
 NAMES = ("weight", "margin", "chosen_score", "rejected_score", "unsafe", "rejected_safe", *REFERENCE)
 
 # Other usual names: UltraFeedback's scores as Hugging Face and as Argilla wrote them, SafeRLHF's marks.
@@ -76,7 +77,7 @@ def require_unsafe(safety: float, marked: int, rows: int) -> None:
 def _margin(row: Row) -> float:
     given = _given(row, "margin")
     if given is not None:
-        return _number(given, "margin", "a finite number")
+        return _number(given, "margin", BETTER, low=0)
     names = ("chosen_score", "rejected_score")
     scores = [_given(row, name) for name in names]
     if None in scores:
@@ -85,7 +86,7 @@ def _margin(row: Row) -> float:
             "chosen_score and rejected_score. Name yours with --columns margin=YOURS."
         )
     chosen, rejected = (_number(score, name, "a finite number") for score, name in zip(scores, names, strict=True))
-    return _number(chosen - rejected, "chosen_score - rejected_score", "a finite number")
+    return _number(chosen - rejected, "chosen_score - rejected_score", BETTER, low=0)
 
 
 def _unsafe(row: Row) -> bool:

@@ -26,7 +26,6 @@ CHUNK = 256  # examples whose texts are encoded in one call
 CUT = "turns cut from the prompt's start to fit max_length"
 TOO_LONG = "the last turn and a completion are longer than max_length"
 OTHERS_INSIDE = "the completion has turns of others than the assistant, and every token of it is scored, theirs too"
-NEGATIVE = "its margin is below 0: by its own numbers rejected is the better one"
 END_INSIDE = "the text itself holds the end-of-turn token {!r}, where a model stops; take it out of the text"
 
 
@@ -76,8 +75,6 @@ def tokenise(
                 ledger.kept += 1
                 if _holds(example, template.end_of_turn):
                     ledger.remarks[END_INSIDE.format(template.end_of_turn)].append(example.place)
-                if isinstance(example, Preference) and (example.margin or 0) < 0:
-                    ledger.remarks[NEGATIVE].append(example.place)
                 said = [turn for text in completions(example) for turn in turns.as_messages(text, "assistant")]
                 if any(turn["role"] != "assistant" for turn in said):
                     ledger.remarks[OTHERS_INSIDE].append(example.place)

@@ -108,7 +108,8 @@ def read(recipe: Recipe, progress: Progress) -> tuple[PreTrainedTokenizerBase, P
     data = prepare(recipe, tokenizer)
     for line in data.ledger.lines():
         progress.note(line)
-    weights = [recipe.hyperparameters.get(f"{kind}_weight") for kind in ("desirable", "undesirable")]
+    settings = {key.rpartition(".")[2]: value for key, value in recipe.hyperparameters.items()}  # of a sum as well
+    weights = [settings.get(f"{kind}_weight") for kind in ("desirable", "undesirable")]
     if None not in weights and (advised := balance.advice(data.train, *weights)):
         progress.note(advised)
     return tokenizer, data

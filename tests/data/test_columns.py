@@ -63,6 +63,7 @@ NO_MARGIN = (
     "there is no margin, by how much chosen is better: expected a number in the column margin, or in both chosen_score "
     "and rejected_score. Name yours with --columns margin=YOURS."
 )
+BETTER = "expected a finite number of at least 0: below it, rejected would be the better one."
 LOGPS = "expected a finite number of at most 0, the log-probs of the completion's tokens added up."
 NO_LOGPS = (
     ", and --ref-columns takes the reference's log-probs from the data: expected both. Name yours with --columns "
@@ -76,13 +77,15 @@ NO_LOGPS = (
         ({}, "margin", NO_MARGIN),
         ({"chosen_score": 3}, "margin", NO_MARGIN),
         ({"margin": None}, "margin", NO_MARGIN),
-        ({"margin": float("nan")}, "margin", "margin = nan: expected a finite number."),
-        ({"margin": "1e999"}, "margin", "margin = '1e999': expected a finite number."),
-        ({"margin": 10**400}, "margin", f"margin = 1{'0' * 56}…: expected a finite number."),
-        ({"margin": True}, "margin", "margin = True: expected a finite number."),
+        ({"margin": -0.5}, "margin", f"margin = -0.5: {BETTER}"),
+        ({"chosen_score": 1, "rejected_score": 2}, "margin", f"chosen_score - rejected_score = -1.0: {BETTER}"),
+        ({"margin": float("nan")}, "margin", f"margin = nan: {BETTER}"),
+        ({"margin": "1e999"}, "margin", f"margin = '1e999': {BETTER}"),
+        ({"margin": 10**400}, "margin", f"margin = 1{'0' * 56}…: {BETTER}"),
+        ({"margin": True}, "margin", f"margin = True: {BETTER}"),
         ({"chosen_score": "good", "rejected_score": 1}, "margin", "chosen_score = 'good': expected a finite number."),
         ({"score_chosen": 1e308, "score_rejected": -1e308}, "margin",
-         "chosen_score - rejected_score = inf: expected a finite number."),
+         f"chosen_score - rejected_score = inf: {BETTER}"),
         ({"unsafe": "very"}, "unsafe", "unsafe = 'very': expected true (rejected is unsafe) or false."),
         ({"is_rejected_safe": 3}, "unsafe", "rejected_safe = 3: expected true (rejected is safe) or false."),
         ({}, "ref_totals", "there is no ref_chosen_logps and no ref_rejected_logps"
@@ -114,12 +117,10 @@ def test_pairs_for_other_losses_keep_what_still_has_a_meaning():
     assert one(PAIR | BESIDE, "completion", uses=ALL) == PromptCompletion("Up?", "Yes", PLACE, weight=0.5)
 
 
-def test_a_margin_reaches_the_tokens_and_one_below_0_is_remarked(write, chatml):
-    path = write("pairs.jsonl", jsonl([pair(i, score_chosen=i, score_rejected=1) for i in range(6)]))
+def test_a_margin_reaches_the_tokens_of_a_loss_that_asks_for_it(write, chatml):
+    path = write("pairs.jsonl", jsonl([pair(i, score_chosen=i + 1, score_rejected=1) for i in range(6)]))
     prepared = prepare(Recipe(method="odpo", data=path), chatml)
-    assert {e.place.row: e.margin for e in prepared.train + prepared.held_out} == {i + 1: i - 1.0 for i in range(6)}
-    told = "its margin is below 0: by its own numbers rejected is the better one: 1 row: pairs.jsonl:1"
-    assert f"  kept, but: {told}" in prepared.ledger.lines()
+    assert {e.place.row: e.margin for e in prepared.train + prepared.held_out} == {i + 1: float(i) for i in range(6)}
     assert all(example.margin is None for example in prepare(Recipe(method="dpo", data=path), chatml).train)
 
 

@@ -29,7 +29,7 @@ def odpo(
 
     beta: how closely to stay with the reference; the paper tunes it per task, from 0.05 to 0.7.
     alpha: weight of the margin; 0 is DPO.
-    scale: what is made of the margin, which must not be below 0 for log; a pair with margin 0 then teaches nothing.
+    scale: what is made of the margin, at least 0; by log, a pair with margin 0 teaches nothing.
 
     TRL has no such loss.
     Source: Amini et al. 2024, arXiv:2402.10571; alpha = 1 and log as in the authors' code.

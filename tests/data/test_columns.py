@@ -30,7 +30,7 @@ def test_every_layout_of_pairs_brings_them(name):
     ("columns", "margin"),
     [
         ({"margin": "1.5"}, 1.5),
-        ({"margin": -1, "chosen_score": 9, "rejected_score": 1}, -1.0),
+        ({"margin": 0, "chosen_score": 9, "rejected_score": 1}, 0.0),
         ({"chosen_score": 9, "rejected_score": 7}, 2.0),
         ({"score_chosen": 8.5, "score_rejected": 2.0}, 6.5),
         ({"chosen_rating": 4, "rejected_rating": "4"}, 0.0),
@@ -186,8 +186,9 @@ def test_the_digest_is_of_what_the_loss_is_given(write, chatml):
     def of(rows: list, **more: object) -> str:
         return prepare(Recipe(data=write("pairs.jsonl", jsonl(rows)), **more), chatml).digest
 
-    for name, options in (("margin", {"method": "odpo"}), ("ref_chosen_logps", {"method": "dpo", "ref_columns": True})):
-        changed = [row | {name: -2} for row in rows]
+    used_by = {"margin": {"method": "odpo"}, "ref_chosen_logps": {"method": "dpo", "ref_columns": True}}
+    for name, options in used_by.items():
+        changed = [row | {name: 2 if name == "margin" else -2} for row in rows]
         assert of(changed, **options) != of(rows, **options)
         assert of(changed, method="dpo") == of(rows, method="dpo")
 

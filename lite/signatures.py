@@ -38,7 +38,8 @@ KNOWN_DATA = {
     "label": "bool tensor, true where the completion is desirable",
     "margin": "tensor of the row's own `margin`: by how much chosen is better",
 }
-COMPLETIONS = ("chosen", "rejected", "completion", "kl")
+OF_PAIRS = {"chosen", "rejected", "ref_chosen", "ref_rejected", "chosen_purity", "rejected_purity", "margin"}
+OF_SINGLE = {"kl", "ref_kl", "label"}  # only where an example has one completion of its own
 
 
 @dataclass(frozen=True)
@@ -130,9 +131,9 @@ def _sum(method: str, losses: str) -> Signature:
     """The sum that `losses` spells, with the method's learning rate and summary."""
     terms = []
     for part in losses.split(","):
-        name, _, weight = part.strip().rpartition(":")
+        name, colon, weight = part.strip().rpartition(":")
         try:
-            terms.append(Term(_one(name), float(weight)))
+            terms.append(Term(_one(name), float(weight)) if colon else Term(_one(weight), 1.0))
         except ValueError:
             raise RecipeError(f"loss = {losses!r}: {part!r} is no NAME:WEIGHT. Expected dpo:1.0,sft:0.2.") from None
     first, names = _one(method), [term.signature.name for term in terms]
@@ -190,6 +191,10 @@ def _signature(node: ast.FunctionDef, path: Path, options: dict[str, Any]) -> Si
     if unknown:
         known = "\n".join(f"  {name}: {what}" for name, what in KNOWN_DATA.items())
         raise RecipeError(f"{path}:{node.lineno}: {node.name} asks for {', '.join(unknown)}. Known data:\n{known}")
+    of_pairs, of_single = (", ".join(name for name in data if name in kind) for kind in (OF_PAIRS, OF_SINGLE))
+    if of_pairs and ("chosen" not in data or of_single):
+        beside = f"beside {of_single}, which single completions have" if of_single else "without chosen"
+        raise RecipeError(f"{path}:{node.lineno}: {node.name} asks for {of_pairs} of pairs, {beside}.")
     optional = {"learning_rate", "weigh_by", "whole_batch", "prompt_when", "learnable"}
     if options.keys() - optional:
         wrong = ", ".join(sorted(options.keys() - optional))

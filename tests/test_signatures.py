@@ -39,6 +39,35 @@ def refusal(folder: Path, text: str) -> str:
     return str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [("completion, margin", "asks for margin of pairs, without chosen"),
+     ("chosen, rejected, kl", "asks for chosen, rejected of pairs, beside kl, which single completions have")],
+)  # fmt: skip
+def test_data_that_no_example_has_together(tmp_path: Path, data: str, told: str):
+    with pytest.raises(RecipeError, match=told):
+        signatures.read(written(tmp_path, f'@loss\ndef mine({data}):\n    """Mine."""\n'))
+
+
+def test_a_sum_names_its_terms_and_their_settings():
+    both = signatures.find("dpo", "dpo:1.0,sft:0.2")
+    assert (both.name, both.example, both.reference) == ("dpo+sft", "preference", True)
+    assert both.data == ("chosen", "rejected", "ref_chosen", "ref_rejected", "completion")
+    assert both.hyperparameters["dpo.beta"].name == "dpo.beta"
+    assert [(term.signature.name, term.weight) for term in both.terms] == [("dpo", 1.0), ("sft", 0.2)]
+
+
+@pytest.mark.parametrize(
+    ("losses", "told"),
+    [("sft:1", "dpo is not among them"), ("dpo:much", "is no NAME:WEIGHT"), ("dpo:1,dpo:2", "a loss is named twice"),
+     ("dpo:1,kto:1", "Take losses of one kind"), ("dpo:0,sft:1", "a weight is not above 0"),
+     ("dpo:1,sfd:1", "Did you mean sft")],
+)  # fmt: skip
+def test_a_sum_that_cannot_be(losses: str, told: str):
+    with pytest.raises(RecipeError, match=told):
+        signatures.find("dpo", losses)
+
+
 def test_a_loss_of_the_users_own(tmp_path: Path) -> None:
     signature = signatures.find(f"{written(tmp_path, LOSS)}:margin")
     assert signature.summary == "A margin between the two."

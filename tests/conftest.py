@@ -3,6 +3,7 @@
 import functools
 import os
 import signal
+import tempfile
 from collections.abc import Callable
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -76,6 +77,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    # No test may write into the user's cache, nor find rows there.
+    cache = tempfile.TemporaryDirectory(prefix="lite-cache-", ignore_cleanup_errors=True)
+    os.environ["LITE_CACHE"] = cache.name
+    config.add_cleanup(cache.cleanup)
     # A shell starts what runs in its background deaf to Ctrl-C, and children inherit that: tests of signals need ears.
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -2,14 +2,19 @@
 
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from lite.data.examples import TokenExample
 from lite.data.packing import lay_out
+from lite.data.packs import Batch
 from lite.data.prepare import prepare
 from lite.engine.layout import layout_of, path_of
 from lite.engine.objective import Objective
@@ -18,6 +23,9 @@ from lite.memory.checkpoint import checkpoint_layers
 from lite.model import adapters, load
 from lite.model.attention import install
 from lite.recipe import Recipe
+from lite.reference import precompute
+from lite.reference.lookup import Cached
+from lite.reference.store import Store
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "_scaled_dot_product_flash_attention_for_cpu")
 REPEATS = 5
@@ -30,7 +38,7 @@ def floor(recipe: Recipe) -> dict[str, Any]:
     if recipe.gradient_checkpointing:
         checkpoint_layers(model)
     examples = prepare(recipe, load.load_tokenizer(recipe)).train[: recipe.batch_size]
-    batch = lay_out(examples, layout_of(recipe, model))
+    batch = _laid_out(recipe, examples, model)
     objective = Objective.of(recipe.signature, recipe.hyperparameters)
 
     def step() -> None:
@@ -54,6 +62,16 @@ def floor(recipe: Recipe) -> dict[str, Any]:
         "tokens": batch.tokens,
         "scored_tokens": batch.scored_tokens,
     }
+
+
+def _laid_out(recipe: Recipe, examples: Sequence[TokenExample], model: PeftModel) -> Batch:
+    """The batch, with what the reference says of it out of the recipe's cache if its loss asks for that."""
+    layout = layout_of(recipe, model)
+    if not recipe.signature.reference:
+        return lay_out(examples, layout)
+    with Store.open(Path(recipe.cache)) as store:
+        identity = precompute.identity_of(precompute.reference_recipe(recipe), store)
+        return lay_out(examples, layout, reference=Cached(store, identity))
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
-from lite.reference.store import Row, Store, TopRow
-from lite.reference.weights import Identity, completion_key
 from torch import Tensor
 
 from lite.data.examples import TokenExample
@@ -20,6 +18,8 @@ from lite.data.packs import Layout, Pack
 from lite.engine.forward import Model, Path, device_of, gather, scored_hidden, scored_tokens
 from lite.loss.head import top_logps
 from lite.model.head import head_of
+from lite.reference.store import Row, Store, TopRow
+from lite.reference.weights import Identity, completion_key
 
 COMMIT_EVERY_S = 2.0
 READ_AT_ONCE = 4096  # rows
@@ -45,6 +45,20 @@ def missing(
     return [example for of_one, example in keys.items() if not lacking.isdisjoint(of_one)]
 
 
+def groups(examples: Sequence[TokenExample], layout: Layout) -> Iterator[list[TokenExample]]:
+    """The examples, each once, in their order, as many at a time as a pack holds."""
+    group: list[TokenExample] = []
+    tokens = 0
+    for example in {keys_of(example): example for example in examples}.values():
+        if group and tokens + example.tokens > layout.tokens_per_pack:
+            yield group
+            group, tokens = [], 0
+        group.append(example)
+        tokens += example.tokens
+    if group:
+        yield group
+
+
 @torch.no_grad()
 def fill(
     store: Store,
@@ -67,7 +81,7 @@ def fill(
     model.eval()
     computed = 0
     try:
-        for group in _groups(examples, layout):
+        for group in groups(examples, layout):
             wanted = [example for example in group if keys_of(example) in lacking]
             if wanted:
                 writing.add(wanted, *_read(model, wanted, layout, path, top_k))
@@ -77,20 +91,6 @@ def fill(
         model.train(training)
         writing.commit()
     return computed
-
-
-def _groups(examples: Sequence[TokenExample], layout: Layout) -> Iterator[list[TokenExample]]:
-    """The examples, each once, in their order, as many at a time as a pack holds."""
-    group: list[TokenExample] = []
-    tokens = 0
-    for example in {keys_of(example): example for example in examples}.values():
-        if group and tokens + example.tokens > layout.tokens_per_pack:
-            yield group
-            group, tokens = [], 0
-        group.append(example)
-        tokens += example.tokens
-    if group:
-        yield group
 
 
 def _read(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from bitsandbytes.nn import Linear4bit
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -93,20 +94,22 @@ def load_model(recipe: Recipe) -> PreTrainedModel:
     """The base model on its device, quantised as asked, every weight frozen, in eval mode, with its cache off.
 
     A bitsandbytes checkpoint is loaded as it is, with the recipe's compute dtype. `generate` still caches: that is
-    its generation config's affair. Raises ModelError with what to do.
+    its generation config's affair. `config._commit_hash` is the commit of a model from the hub, else None. Raises
+    ModelError with what to do.
     """
     source, target, dtype = _source(recipe), device(recipe), compute_dtype(recipe)
     with _explained(recipe, source, "model"):
         config = AutoConfig.from_pretrained(
             source, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code
         )
+    commit = _commit(recipe, source, config)
     quantisation = _quantisation(recipe, config, dtype)
     _check_reach(recipe, config, quantisation)
     with _explained(recipe, source, "model"):
         model, report = AutoModelForCausalLM.from_pretrained(
             source,
             config=config,
-            revision=recipe.revision,
+            revision=commit or recipe.revision,
             trust_remote_code=recipe.trust_remote_code,
             dtype=dtype,
             device_map={"": target},
@@ -123,6 +126,7 @@ def load_model(recipe: Recipe) -> PreTrainedModel:
     advice = "Fetch the checkpoint again, whole, with its own config.json."
     raise_collected(ModelError, f"{source}: config.json and weights do not fit:", problems, advice)
     model.config.use_cache = False
+    model.config._commit_hash = commit
     model.requires_grad_(False).eval()
     replace_norms(model)
     _steady(model)
@@ -178,6 +182,16 @@ def _source(recipe: Recipe) -> str:
     advice = "Expected a model's folder, as `hf download NAME --local-dir FOLDER` or save_pretrained leaves it."
     raise_collected(ModelError, f"{folder} cannot be loaded:", problems, advice)
     return str(folder.resolve())
+
+
+def _commit(recipe: Recipe, source: str, config: PreTrainedConfig) -> str | None:
+    """The commit of the hub that the config came in, so that the weights come from the same; None of a folder."""
+    if Path(source).is_dir():
+        return None
+    if found := getattr(config, "_commit_hash", None):  # older releases of transformers say it
+        return found
+    path = try_to_load_from_cache(source, "config.json", revision=recipe.revision)
+    return Path(path).parent.name if isinstance(path, str) else None
 
 
 @contextmanager

@@ -31,7 +31,7 @@ def origin(recipe: Recipe) -> Origin | None:
 
 
 def folder_of(recipe: Recipe) -> Path | None:
-    """The folder of the model's files: its own, or the hub's copy of it on this machine, if there is one."""
+    """The folder of the model's files: its own, or the hub's copy of it on this machine, if that is whole."""
     name = catalog.resolve(recipe.model)
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -39,4 +39,15 @@ def folder_of(recipe: Recipe) -> Path | None:
     if name.count("/") != 1:
         return None
     config = try_to_load_from_cache(name, "config.json", revision=recipe.revision)
-    return Path(config).parent if isinstance(config, str) else None
+    return Path(config).parent if isinstance(config, str) and _has_weights(Path(config).parent) else None
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether all weights are there: the tokenizer's download brings config.json before, and shards come one by one."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return True
+        if (index := folder / f"{name}.index.json").is_file():
+            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            return all((folder / shard).is_file() for shard in set(shards))
+    return any(folder.glob("*.safetensors"))

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from lite.reference.store import Store
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
@@ -24,9 +23,11 @@ from lite.engine.forward import Path as ForwardPath
 from lite.errors import ModelError
 from lite.model import adapters, load
 from lite.model.attention import install
+from lite.model.head import unwrapped
 from lite.model.origin import origin
 from lite.recipe import Recipe
 from lite.reference.fill import fill, missing
+from lite.reference.store import Store
 from lite.reference.weights import Identity, files_digest, tensors_digest
 
 log = logging.getLogger(__name__)
@@ -85,6 +86,15 @@ def identity_of(recipe: Recipe, store: Store, told: Callable[[int, int], None] =
     return Identity(weights, found.quantisation, found.dtype, adapter, **names)
 
 
+def _identity_of_loaded(recipe: Recipe, model: Model, store: Store) -> Identity:
+    """The identity of a model that was loaded: of the commit that it came in, whatever the hub's copy is now."""
+    commit = unwrapped(model).config._commit_hash
+    identity = identity_of(recipe if commit is None else recipe.model_copy(update={"revision": commit}), store)
+    if identity is None:
+        raise ModelError(f"{recipe.model}: its files cannot be found again, so their digest cannot be told.")
+    return identity
+
+
 def by_policy(
     recipe: Recipe,
     store: Store,
@@ -96,9 +106,7 @@ def by_policy(
 ) -> Filled:
     """Fill from the policy as it stands before step 1; a new adapter is switched off, one it goes on from stays on."""
     started = time.perf_counter()
-    identity = identity_of(recipe, store)
-    if identity is None:
-        raise ModelError(f"{recipe.model}: its files cannot be found again, so their digest cannot be told.")
+    identity = _identity_of_loaded(recipe, model, store)
     if adapters.continued_from(recipe) is not None:
         computed = _fill(store, identity, examples, model, layout, path, recipe, told)
     else:
@@ -128,7 +136,8 @@ def by_model(
     if identity is None or missing(store, identity, examples, top_k=wanted_words(recipe)):
         stage(f"loading {recipe_of_it.model} as the reference")
         model = loaded(recipe_of_it)
-        identity = identity or identity_of(recipe_of_it, store)
+        # Once more: the hub may have had a newer model than the copy that was looked at.
+        identity = _identity_of_loaded(recipe_of_it, model, store)
         path, chosen = layouts.path_of(recipe), layouts.layout_of(recipe, model)
         if recipe.self_check:
             chosen = selfcheck.choose_layout(model, examples, chosen, path)

@@ -2,6 +2,8 @@
 
     run = lite.train(lite.Recipe(method="orpo", model="qwen-14b", load_in_4bit=True, data="pairs.jsonl"))
     run = lite.resume(run.folder)  # after an interruption
+    rows = list(lite.score(lite.Recipe(run=run.folder, data="others.jsonl")))  # what it says of other rows
+    lite.what_if(run.folder).outcomes  # what other losses and betas would make of its held-out rows
 
 Importing lite is quick and configures nothing; torch is imported by the first name that needs it.
 """
@@ -12,10 +14,11 @@ from typing import Any
 __version__ = "0.1.0"
 __all__ = [
     "DataError", "ExportError", "LiteError", "ModelError", "Recipe", "RecipeError", "Run", "RunError",
-    "precompute", "resume", "train",
+    "precompute", "resume", "score", "train", "what_if",
 ]  # fmt: skip
 
 _HOME = {"Recipe": "lite.recipe", **dict.fromkeys(("Run", "precompute", "resume", "train"), "lite.train")}
+_HOME |= dict.fromkeys(("score", "what_if"), "lite.judge")
 
 
 def __getattr__(name: str) -> Any:

@@ -18,6 +18,7 @@ from lite.errors import LiteError, RecipeError
 # Verbs that train by no loss of their own: a line of help, and the module here whose main() takes the arguments.
 OTHERS = {
     "resume": ("Go on with a run that was interrupted, to the very result it would have had.", "resume"),
+    "score": ("What a model or a run says of every row of a file: for judging it, and for choosing data.", "score"),
     "what-if": ("What other losses and betas would make of a run's held-out rows, in seconds.", "what_if"),
     "precompute": ("Read the reference's log-probs of every row into the cache, without training.", "precompute"),
 }

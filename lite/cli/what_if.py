@@ -33,9 +33,9 @@ TEXT = """What other losses and betas would make of a run's held-out rows, in se
 
 The run keeps the log-probs of its held-out rows at each evaluation; losses with a reference take the run's own, or
 what the reference cache knows of these rows. A row is saturated if it pulls on the model at most 5 % as hard as at
-margin 0, where policy and reference agree (without a reference: where rejected is as chosen). The gradient weight is
-the mean pull against that at margin 0: 1 is all of it, near 0 there is nothing left to learn. A pull is |∂loss / ∂log
-p|, the mean over a row's completions; the likelihood in orpo, cpo and rpo pulls whatever the margin is."""
+margin 0, where policy and reference agree (without a reference: where a pair's completions are alike). The gradient
+weight is the mean pull against that at margin 0: 1 is all of it, near 0 there is nothing left to learn. A pull is
+|∂loss / ∂log p|, the mean over a row's completions; the likelihood in orpo, cpo and rpo pulls at any margin."""
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -63,7 +63,7 @@ def prepare(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase", *, progress: P
         problems += made.problems
         done += len(examples)
         sides.append(made)
-    _settle(recipe, ledger, problems)
+    settle(recipe, ledger, problems)
     if not sides[0].tokens:
         raise DataError(f"{recipe.data}: no row is left to train on. {ledger.lines()[0]}.")
     tokens = _finished(recipe, *sides, ledger)
@@ -154,7 +154,7 @@ def _finished(
     return sides[0], sides[1]
 
 
-def _settle(recipe: Recipe, ledger: Ledger, problems: list[Problem]) -> None:
+def settle(recipe: Recipe, ledger: Ledger, problems: list[Problem]) -> None:
     """Stop for bad rows and for too many dropped ones, as far as the recipe does not allow them."""
     problems[:] = sorted(dict.fromkeys(problems), key=lambda problem: problem.place)
     if not recipe.skip_bad_rows:

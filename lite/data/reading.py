@@ -14,13 +14,15 @@ from lite.data.formats import FORMATS, SYNONYMS, Format, Row
 from lite.data.problems import BadRow, Problem
 from lite.errors import RecipeError
 
-TYPES = {"preference": Preference, "unpaired": UnpairedPreference, "completion": PromptCompletion}
+ANY = "any"  # whatever a row holds
+TYPES = {"preference": Preference, "unpaired": UnpairedPreference, "completion": PromptCompletion, ANY: Example}
 
 # What each type of example can be made of; the first that fits best is taken.
 SOURCES = {
     "preference": (Preference,),
     "unpaired": (UnpairedPreference, Preference),
     "completion": (PromptCompletion, Preference, UnpairedPreference),
+    ANY: (Preference, UnpairedPreference, PromptCompletion),
 }
 OTHER_NAMES = SYNONYMS | beside.SYNONYMS
 
@@ -47,7 +49,7 @@ def read(
     chat: bool = True,
     uses: Collection[str] = (),
 ) -> Reading:
-    """Rows as examples of one type: "preference", "unpaired" or "completion".
+    """Rows as examples of one type: "preference", "unpaired" or "completion"; of "any", as each row has it.
 
     columns maps our names to the user's: {"prompt": "question"}. chat turns transcripts into messages; without it
     they stay text. uses names what a pair must bring beside its texts: margin, unsafe, ref_totals. Raises RecipeError

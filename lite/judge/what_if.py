@@ -30,8 +30,8 @@ class Outcome(NamedTuple):
     """What one loss with one beta makes of the held-out rows at one step; NaN where the loss has no such number.
 
     The pull of a row is |∂ℓ / ∂ log p|, the mean over its completions, when every token of one moves alike. Margin 0 is
-    where policy and reference agree; for a loss without a reference, where rejected is as chosen. A term of likelihood
-    (orpo, cpo, rpo) pulls on chosen at any margin.
+    where policy and reference agree; for a loss without a reference, where the other completion is like the one that is
+    pulled. A term of likelihood (orpo, cpo, rpo) pulls on chosen at any margin.
     """
 
     step: int
@@ -134,9 +134,8 @@ def _outcome(candidate: Candidate, beta: float | None, found: Kept) -> Outcome:
     objective, shares = candidate.at(beta), _shares(found)
     with torch.no_grad():
         sums = objective(found.data, shares)
-    pulls = _pulls(objective, found.data, shares)
-    at_zero = _at_margin_zero(found.data, reference=candidate.signature.reference)
-    zero = None if at_zero is None else _pulls(objective, at_zero, shares)
+    pulls = _mean(_pulls(objective, found.data, shares))
+    zero = _at_margin_zero(objective, found.data, shares, reference=candidate.signature.reference)
     share = shares["examples"]
     mean = float((pulls * share).sum())
     of_zero = math.nan if zero is None else float((zero * share).sum())
@@ -173,20 +172,32 @@ def _shares(found: Kept) -> dict[str, Tensor]:
     return {name: weight / weight.sum() for name, weight in weights.items()}
 
 
-def _pulls(objective: Objective, data: Data, shares: Mapping[str, Tensor]) -> Tensor:
-    """The pull of each row, (B,)."""
+def _pulls(objective: Objective, data: Data, shares: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """|∂ℓ / ∂ log p| of each completion, (B,) each."""
     names = _completions(data)
-    tokens = {name: data[name].tokens.detach().clone().requires_grad_() for name in names}
-    moved = {name: Logps(tokens[name], data[name].offsets) for name in names}
+    tokens = [data[name].tokens.detach().clone().requires_grad_() for name in names]
+    moved = {name: Logps(of_name, data[name].offsets) for name, of_name in zip(names, tokens, strict=True)}
     sums = objective({**data, **moved}, shares)
-    gradients = torch.autograd.grad(sums.loss, list(tokens.values()), materialize_grads=True)
+    gradients = torch.autograd.grad(sums.loss, tokens, materialize_grads=True)
     # A total moves by as much as its tokens do together, so its derivative is the mean of theirs.
-    pulls = [Logps(g, data[name].offsets).mean.abs() for name, g in zip(names, gradients, strict=True)]
-    return torch.stack(pulls).mean(0) / shares["examples"]
+    return {
+        name: Logps(gradient, data[name].offsets).mean.abs() / shares["examples"]
+        for name, gradient in zip(names, gradients, strict=True)
+    }
 
 
-def _at_margin_zero(data: Data, *, reference: bool) -> Data | None:
-    """The same rows where nothing has been learnt yet; None where that means nothing."""
+def _at_margin_zero(
+    objective: Objective, data: Data, shares: Mapping[str, Tensor], *, reference: bool
+) -> Tensor | None:
+    """The pull of each row where nothing has been learnt yet, (B,); None where that means nothing."""
     if reference:
-        return {**data, **{name: data[f"ref_{name}"] for name in data if f"ref_{name}" in data}}
-    return {**data, "rejected": data["chosen"]} if "rejected" in data else None
+        start = {name: data[f"ref_{name}"] for name in data if f"ref_{name}" in data}
+        return _mean(_pulls(objective, {**data, **start}, shares))
+    if "rejected" not in data:
+        return None
+    pair = ("chosen", "rejected")
+    return _mean({name: _pulls(objective, {**data, **dict.fromkeys(pair, data[name])}, shares)[name] for name in pair})
+
+
+def _mean(pulls: Mapping[str, Tensor]) -> Tensor:
+    return torch.stack(list(pulls.values())).mean(0)

@@ -73,8 +73,9 @@ class Refresh:
         identity = replace(self.reference.identity, adapter=digest)
         until = min((step // self.every + 1) * self.every, len(batches))
         ahead = [example for index in range(step, until) for example in batches.examples(index)]
-        fill(self.reference.store, identity, [*ahead, *self.held_out], self.model, self.layout, self.path)
-        self.reference.identity = identity
+        reference, rows = self.reference, [*ahead, *self.held_out]
+        fill(reference.store, identity, rows, self.model, self.layout, self.path, top_k=reference.top_k)
+        reference.identity = identity
         self.step = step
 
     def _adapter(self, step: int) -> Path:

@@ -176,11 +176,11 @@ def needed(recipe: Recipe, data: Prepared) -> Sequence[TokenExample]:
 
 
 def loss_identity(recipe: Recipe) -> str | None:
-    """A digest of the file of a loss of the user's own; None for lite's, of which the environment tells the version."""
-    path = recipe.signature.path
-    if path.parent == signatures.LOSSES:
-        return None
-    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+    """A digest of the user's own losses' files; None for lite's, of which the environment tells the version."""
+    signature = recipe.signature
+    paths = {one.path for one in (signature, *(term.signature for term in signature.terms))}
+    own = sorted(path for path in paths if path.parent != signatures.LOSSES)
+    return hashlib.blake2b(b"".join(path.read_bytes() for path in own), digest_size=16).hexdigest() if own else None
 
 
 def _model_identity(recipe: Recipe, model: PeftModel, reference: Reference | None) -> dict[str, Any]:

@@ -83,6 +83,25 @@ def test_the_refreshed_reference_is_the_policy(compared: Callable) -> None:
     assert abs(plain.metrics[-2]["rewards/chosen"]) > 1e-4
 
 
+def test_a_refreshed_reference_has_words_as_well(compared: Callable) -> None:
+    """In a sum with distill the policy's likeliest words are kept anew: after each refresh the KL begins at 0."""
+    run = lite.train(compared(loss="dpo:1,distill:0.1", top_k=8, refresh_reference=2, max_steps=4))
+    divergences = [line["loss/distill"] for line in run.metrics if "loss/distill" in line]
+    assert [abs(divergences[i]) < 1e-6 for i in range(4)] == [True, False, True, False]
+
+
+def test_resume_refuses_another_loss_in_a_sum(compared: Callable, tmp_path: Path) -> None:
+    """The file of the user's own loss is looked at where it is not the verb, too."""
+    path = tmp_path / "own.py"
+    lines = "from lite.loss.registry import Scored, loss\n@loss\ndef own(chosen):\n    return Scored(-chosen.{}, {{}})\n"
+    path.write_text(lines.format("mean"))
+    run = lite.train(compared(loss=f"dpo:1,{path}:own:0.1", max_steps=2))
+    (run.folder / "result.json").unlink()
+    path.write_text(lines.format("total"))
+    with pytest.raises(RunError, match=r"method: the file of dpo:1,.*own:0.1 is not as it was"):
+        lite.resume(run.folder)
+
+
 def test_what_the_policy_said_is_kept(compared: Callable) -> None:
     """At the start, at each checkpoint, at the end: from it and the reference the logged loss follows."""
     run = lite.train(compared())

@@ -48,17 +48,17 @@ SHOWN_CHARACTERS = 60
 
 def main(arguments: Sequence[str]) -> int:
     """Score as the arguments say, or show their help; return the exit status."""
-    settings = list(_settings())
+    known = settings()
     if {"-h", "--help"} & set(arguments):
         from lite.cli import help
 
-        help.verb("lite score", TEXT, settings)
+        help.verb("lite score", TEXT, known)
         return 0
     from lite.cli.parse import parse
 
-    given = parse(arguments, settings, program="lite score")
+    given = parse(arguments, known, program="lite score")
     as_json = given.pop("json", False)
-    recipe = _recipe(given, settings)
+    recipe = _recipe(given, known)
     from lite.cli import session
     from lite.cli.progress import shown
 
@@ -79,17 +79,17 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _settings() -> list[Setting]:
+def settings() -> list[Setting]:
     """The recipe's own, as far as they matter here."""
     own = [s for s in options.settings(signatures.find(METHOD)) if s.panel == "Model" or s.key in KEYS]
     own = [replace(s, help=OTHERWISE.get(s.key, s.help)) for s in own]
     return [*(replace(s, panel="Reference", facts=()) if s.key == "beta" else s for s in own), JSON]
 
 
-def _recipe(given: Mapping[str, Any], settings: Sequence[Setting]) -> recipes.Recipe:
+def _recipe(given: Mapping[str, Any], known: Sequence[Setting]) -> recipes.Recipe:
     """The recipe of what was typed. Raises RecipeError naming each flag that cannot be used."""
     values = {**given, "method": METHOD}
-    flags = {setting.key: setting.flags[0] for setting in settings}
+    flags = {setting.key: setting.flags[0] for setting in known}
     found = [flags.get(problem.key, problem.key) + problem.text for problem in recipes.problems(values)]
     raise_collected(RecipeError, recipes.HEADLINE, found)
     return recipes.Recipe(**values)

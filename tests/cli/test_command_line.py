@@ -47,7 +47,17 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"lite {__version__}\n"
 
 
-@pytest.mark.parametrize("arguments", [[], ["orpo", "--help"], ["resume", "--help"], ["orpo", "--lora-r", "0"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["orpo", "--help"],
+        ["resume", "--help"],
+        ["score", "--help"],
+        ["what-if", "--help"],
+        ["orpo", "--lora-r", "0"],
+    ],
+)
 def test_help_and_refusals_import_no_torch(arguments: list[str]) -> None:
     """The tenths of a second that help takes are Python, pydantic and rich; torch would take seconds."""
     code = (

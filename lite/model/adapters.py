@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 ALL_LINEAR = "all-linear"
 WEIGHTS = "adapter_model.safetensors"
+ORIGIN = frozenset(("base_model_name_or_path", "revision", "inference_mode", "peft_version"))
 ROUTERS = frozenset(("gate", "router", "shared_expert_gate"))  # their names in mixtures of experts
 
 
@@ -104,9 +105,12 @@ def load(model: PeftModel, folder: Path) -> None:
 
 def content(source: PeftModel | Path) -> tuple[dict[str, Tensor], dict[str, object]]:
     """What decides an adapter's numbers, of a live one or a saved one: its tensors, and its settings."""
-    if isinstance(source, PeftModel):
-        return _state(source), _settings(source.peft_config[source.active_adapter])
-    return _read(source), _settings(_saved_config(source))
+    live = isinstance(source, PeftModel)
+    settings = (source.peft_config[source.active_adapter] if live else _saved_config(source)).to_dict()
+    # All but those that say where it comes from: peft has many that scale or place the same tensors otherwise. Those
+    # that are off are left out, so that a later peft, which has more, says the same.
+    decides = {name: value for name, value in settings.items() if value and name not in ORIGIN}
+    return (_state(source) if live else _read(source)), decides
 
 
 def trainable(model: PeftModel) -> str:

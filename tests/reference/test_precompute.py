@@ -131,6 +131,18 @@ def test_the_adapter_it_goes_on_from_is_a_miss(mine: Path, tmp_path: Path) -> No
     assert precomputed(mine, run=str(trained.folder))["computed"] == DISTINCT
 
 
+def test_a_setting_of_the_adapter_is_a_miss(mine: Path, tmp_path: Path) -> None:
+    """The same tensors, of which some are scaled otherwise; where the adapter says it comes from is no matter."""
+    trained = lite.train(recipe_of(mine, output_dir=str(tmp_path / "run"), max_steps=1, samples=0))
+    path = trained.adapter / "adapter_config.json"
+    config = json.loads(path.read_text())
+    assert precomputed(mine, run=str(trained.folder))["computed"] == DISTINCT
+    path.write_text(json.dumps({**config, "base_model_name_or_path": "elsewhere", "peft_version": "0.99"}))
+    assert precomputed(mine, run=str(trained.folder))["computed"] == 0
+    path.write_text(json.dumps({**config, "alpha_pattern": {"q_proj": 64}}))
+    assert precomputed(mine, run=str(trained.folder))["computed"] == DISTINCT
+
+
 def test_another_model_as_the_reference(mine: Path, tmp_path: Path) -> None:
     """--ref: read, and used; the same folder named by --ref is the policy's own start, which the cache has."""
     assert precomputed(mine, ref=str(mine / "model"))["computed"] == 0
@@ -151,7 +163,7 @@ def test_another_vocabulary_is_refused(mine: Path) -> None:
     words = content["model"]["vocab"]
     words["A"], words["B"] = words["B"], words["A"]
     path.write_text(json.dumps(content))
-    with pytest.raises(ModelError, match="2 of 259 words have other ids.*'A'"):
+    with pytest.raises(ModelError, match=r"2 of 259 words have other ids.*'A'"):
         precomputed(mine, ref=str(mine / "other"))
 
 

@@ -93,7 +93,9 @@ def test_a_refreshed_reference_has_words_as_well(compared: Callable) -> None:
 def test_resume_refuses_another_loss_in_a_sum(compared: Callable, tmp_path: Path) -> None:
     """The file of the user's own loss is looked at where it is not the verb, too."""
     path = tmp_path / "own.py"
-    lines = "from lite.loss.registry import Scored, loss\n@loss\ndef own(chosen):\n    return Scored(-chosen.{}, {{}})\n"
+    lines = (
+        "from lite.loss.registry import Scored, loss\n@loss\ndef own(chosen):\n    return Scored(-chosen.{}, {{}})\n"
+    )
     path.write_text(lines.format("mean"))
     run = lite.train(compared(loss=f"dpo:1,{path}:own:0.1", max_steps=2))
     (run.folder / "result.json").unlink()

@@ -21,6 +21,7 @@ OTHERS = {
     "score": ("What a model or a run says of every row of a file: for judging it, and for choosing data.", "score"),
     "what-if": ("What other losses and betas would make of a run's held-out rows, in seconds.", "what_if"),
     "precompute": ("Read the reference's log-probs of every row into the cache, without training.", "precompute"),
+    "reference": ("The cache of the reference's log-probs: ls, verify, export, import, prune.", "reference"),
 }
 OWN = "A loss of your own: a function under `@loss` in a file of yours."
 

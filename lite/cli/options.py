@@ -4,7 +4,7 @@ A flag is the recipe's key with dashes. Here every value but a switch stays text
 `typed` makes of the text what the recipe expects, so that the recipe alone judges it, all of them at once.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
@@ -72,6 +72,23 @@ def typed(setting: Setting, text: Any) -> Any:
         except ValueError:
             return text
     return text
+
+
+def again(recipe: Recipe, keys: Iterable[str]) -> list[str]:
+    """The arguments that say once more what was set of these keys, by flags or in a file."""
+    by_key = {setting.key: setting for setting in settings(recipe.signature)}
+    said = []
+    for key in keys:
+        value = getattr(recipe, key)
+        if key not in recipe.model_fields_set or value is None:
+            continue
+        name = by_key[key].flags[0]
+        if isinstance(value, bool):
+            said.append(name if value else name.replace("--", "--no-", 1))
+        elif value != {}:
+            text = ",".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+            said += [name, text]
+    return said
 
 
 def flag(key: str) -> str:

@@ -15,21 +15,24 @@ UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 
 def parse(
-    arguments: Sequence[str], settings: Sequence[Setting], *, program: str, positional: str = ""
+    arguments: Sequence[str], settings: Sequence[Setting], *, program: str, positional: str = "", many: bool = False
 ) -> dict[str, Any]:
     """The value of every setting that was typed, by its key. Raises RecipeError.
 
-    `positional` names the one argument that is no option, if the verb has any. Values of settings that the recipe
-    would refuse pass, so that the recipe refuses them together.
+    `positional` names the one argument that is no option, if the verb has any; `many`: a list of any length. Values of
+    settings that the recipe would refuse pass, so that the recipe refuses them together.
     """
     annotations: dict[str, Any] = {}
     if positional:
-        annotations[positional] = Annotated[str, typer.Argument(metavar=positional.upper(), show_default=False)]
+        kind = list[str] if many else str
+        annotations[positional] = Annotated[kind, typer.Argument(metavar=positional.upper(), show_default=False)]
     for setting in settings:
         kind = bool if setting.kind is bool else str
         annotations[_identifier(setting.key)] = Annotated[kind | None, typer.Option(*setting.declared)]
     try:
-        given = _command(annotations, positional).main(list(arguments), prog_name=program, standalone_mode=False)
+        given = _command(annotations, "" if many else positional).main(
+            list(arguments), prog_name=program, standalone_mode=False
+        )
     except UsageError as error:
         known = [name for setting in settings for name in _spellings(setting)]
         typed_flags = [argument.split("=")[0] for argument in arguments if argument.startswith("--")]
@@ -48,7 +51,7 @@ def _identifier(key: str) -> str:
     return key.replace(".", "__")
 
 
-def _command(annotations: dict[str, Any], positional: str) -> Any:
+def _command(annotations: dict[str, Any], required: str) -> Any:
     """A command that returns what was typed, and only that."""
 
     def collect(**values: Any) -> dict[str, Any]:
@@ -56,7 +59,7 @@ def _command(annotations: dict[str, Any], positional: str) -> Any:
 
     parameters = []
     for key, annotation in annotations.items():
-        default = inspect.Parameter.empty if key == positional else None
+        default = inspect.Parameter.empty if key == required else None
         parameters.append(
             inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
         )

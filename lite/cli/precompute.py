@@ -28,4 +28,5 @@ def main(arguments: Sequence[str]) -> int:
     from lite.cli import session, training
 
     recipe, as_json = training.understood(method, arguments[1:], program=f"lite precompute {method}")
-    return session.precompute(recipe, as_json=as_json)
+    train_by = ["lite", *(argument for argument in arguments if argument != "--json")]
+    return session.precompute(recipe, as_json=as_json, train_by=train_by)

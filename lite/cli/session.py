@@ -6,7 +6,7 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,8 +31,8 @@ def train(recipe: Recipe, *, as_json: bool) -> int:
     return _follow(work, as_json=as_json)
 
 
-def precompute(recipe: Recipe, *, as_json: bool) -> int:
-    """Fill the reference cache; return the exit status."""
+def precompute(recipe: Recipe, *, as_json: bool, train_by: Sequence[str]) -> int:
+    """Fill the reference cache; return the exit status. `train_by`: the command that would train on it."""
     silence()
     with shown() as progress:
         progress.stage("loading torch and transformers")
@@ -45,9 +45,8 @@ def precompute(recipe: Recipe, *, as_json: bool) -> int:
     if as_json:
         print(json.dumps(done))
         return 0
-    rest = shlex.join(["--model", recipe.model, "--data", recipe.data])
     print(f"{done['rows']} rows in {done['cache']}: {done['computed']} computed, {done['reused']} found there")
-    print(f"next      lite {shlex.quote(recipe.method)} {rest}")
+    print(f"next      {shlex.join(train_by)}")
     return 0
 
 

@@ -20,7 +20,7 @@ def main(method: str, arguments: Sequence[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         from lite.cli import help
 
-        signature = signatures.find(method)
+        signature = signatures.find(method, _losses(arguments))
         text = f"{signature.summary}\n\n{signature.explanation}".rstrip()
         help.verb(f"lite {method}", text, [*options.settings(signature), *options.OWN])
         return 0
@@ -32,15 +32,27 @@ def main(method: str, arguments: Sequence[str]) -> int:
 
 def understood(method: str, arguments: Sequence[str], *, program: str | None = None) -> tuple[recipes.Recipe, bool]:
     """What was typed: the recipe, and whether the result is to be JSON. Raises RecipeError."""
+    recipe, besides = parsed(method, arguments, options.OWN, program=program or f"lite {method}")
+    return recipe, besides.get("json", False)
+
+
+def parsed(
+    method: str, arguments: Sequence[str], own: Sequence[options.Setting], *, program: str
+) -> tuple[recipes.Recipe, dict[str, Any]]:
+    """What was typed: the recipe, and by key those of the verb's `own` settings, which are none of a run's.
+
+    Raises RecipeError.
+    """
     from lite.cli.parse import parse
 
-    settings = [*options.settings(signatures.find(method, _losses(arguments))), *options.OWN]
-    given = parse(arguments, settings, program=program or f"lite {method}")
-    as_json, file = given.pop("json", False), given.pop("recipe", None)
+    settings = [*options.settings(signatures.find(method, _losses(arguments))), *own]
+    given = parse(arguments, settings, program=program)
+    besides = {setting.key: given.pop(setting.key) for setting in own if setting.key in given}
+    file = besides.pop("recipe", None)
     if file is None and not given.keys() & NAMED_BY_USER:
         file = _from_here(BUNDLED_RECIPE)
         print(f"no --model, no --data: the bundled example, settings from {file}", file=sys.stderr)
-    return compose(method, given, file=Path(file) if file else None), as_json
+    return compose(method, given, file=Path(file) if file else None), besides
 
 
 def compose(method: str, given: Mapping[str, Any], *, file: Path | None = None) -> recipes.Recipe:

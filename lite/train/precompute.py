@@ -18,9 +18,7 @@ def precompute(recipe: Recipe, progress: Progress | None = None) -> dict[str, An
 
     The model is loaded only if something is missing. Raises a LiteError for what the user can mend.
     """
-    if not recipe.signature.reference or recipe.ref_columns:
-        able = ", ".join(name for name, signature in signatures.registered().items() if signature.reference)
-        raise RecipeError(f"{recipe.method}: has no reference to read before training. Those that have: {able}.")
+    require_reference(recipe)
     progress = progress or Quiet()
     with failures.told(progress), Store.open(Path(recipe.cache) if recipe.cache else None) as store:
         tokenizer, data = read(recipe, progress)
@@ -34,3 +32,12 @@ def precompute(recipe: Recipe, progress: Progress | None = None) -> dict[str, An
             "cache": str(store.path),
             "identity": filled.identity.key.hex(),
         }
+
+
+def require_reference(recipe: Recipe) -> None:
+    """Raise RecipeError unless the recipe compares with a model whose log-probs are not there yet."""
+    if recipe.ref_columns:
+        raise RecipeError("ref_columns = True: the data brings its reference, so none is read. Leave it out.")
+    if not recipe.signature.reference:
+        able = ", ".join(name for name, signature in signatures.registered().items() if signature.reference)
+        raise RecipeError(f"{recipe.method}: has no reference to read before training. Those that have: {able}.")

@@ -69,20 +69,26 @@ def fill(
     path: Path,
     *,
     top_k: int | None = None,
+    lacking: Sequence[TokenExample] | None = None,
     done: Callable[[int], None] = lambda _: None,
 ) -> int:
     """Compute and store what is missing of `examples`; the number of examples that were computed.
 
-    The model must be as `identity` says. done(count) is called after each pack with the examples computed so far.
+    The model must be as `identity` says. lacking: what `missing` just said, if it was asked already. done(count) is
+    called after each pack with the examples computed so far.
     """
-    lacking = {keys_of(example) for example in missing(store, identity, examples, top_k=top_k)}
+    if lacking is None:
+        lacking = missing(store, identity, examples, top_k=top_k)
+    if not lacking:
+        return 0
+    keys = {keys_of(example) for example in lacking}
     writing = _Writing(store, identity, top_k)
     training = model.training
     model.eval()
     computed = 0
     try:
         for group in groups(examples, layout):
-            wanted = [example for example in group if keys_of(example) in lacking]
+            wanted = [example for example in group if keys_of(example) in keys]
             if wanted:
                 writing.add(wanted, *_read(model, wanted, layout, path, top_k))
                 computed += len(wanted)
@@ -109,13 +115,14 @@ def _read(
             logps = scored_tokens(model, pack, path).logps
         tokens.append(logps)
     of_role = gather(tokens, packs)
-    logps = [list(of_role[n].tokens.split(of_role[n].length.tolist())) for n in layout.completions]
+    # From the examples: the offsets are on the device, and to ask them would wait for it.
+    lengths = [[len(e.completions[c]) for e in examples] for c in range(len(layout.completions))]
+    logps = [list(of_role[n].tokens.split(of_one)) for n, of_one in zip(layout.completions, lengths, strict=True)]
     if not top_k:
         return logps, []
     first = layout.completions[0]
-    lengths = [len(example.completions[0]) for example in examples]
-    top_rows = gather(tops, packs)[first].tokens.split(lengths)
-    id_rows = gather(ids, packs)[first].tokens.split(lengths)
+    top_rows = gather(tops, packs)[first].tokens.split(lengths[0])
+    id_rows = gather(ids, packs)[first].tokens.split(lengths[0])
     return logps, list(zip(top_rows, id_rows, strict=True))
 
 
@@ -132,8 +139,8 @@ class _Writing:
         self.store = store
         self.identity = identity
         self.top_k = top_k
-        self.rows: list[tuple[bytes, Tensor]] = []
-        self.tops: list[tuple[bytes, Tensor, Tensor]] = []
+        self.rows: list[Row] = []
+        self.tops: list[TopRow] = []
         self.last_commit_s = time.monotonic()
 
     def add(
@@ -141,18 +148,19 @@ class _Writing:
     ) -> None:
         """Take in a pack's worth, and commit if the last time is some seconds ago."""
         for i, example in enumerate(examples):
-            keys = keys_of(example)
-            self.rows += [(key, of_role[i]) for key, of_role in zip(keys, logps, strict=True)]
+            keys, place = keys_of(example), str(example.place)
+            self.rows += [Row(key, of_role[i], place) for key, of_role in zip(keys, logps, strict=True)]
             if tops:
-                self.tops.append((keys[0], *tops[i]))
+                self.tops.append(TopRow(keys[0], *tops[i], place))
         if time.monotonic() - self.last_commit_s >= COMMIT_EVERY_S:
             self.commit()
 
     def commit(self) -> None:
         """Write everything at once."""
         if self.tops:
-            self.store.put_top(self.identity, self.top_k, [TopRow(key, a.cpu(), b.cpu()) for key, a, b in self.tops])
+            tops = [row._replace(logps=row.logps.cpu(), ids=row.ids.cpu()) for row in self.tops]
+            self.store.put_top(self.identity, self.top_k, tops)
         if self.rows:
-            self.store.put(self.identity, [Row(key, logps.cpu()) for key, logps in self.rows])
+            self.store.put(self.identity, [row._replace(tokens=row.tokens.cpu()) for row in self.rows])
         self.rows, self.tops = [], []
         self.last_commit_s = time.monotonic()

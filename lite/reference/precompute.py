@@ -20,10 +20,10 @@ from lite.engine import layout as layouts
 from lite.engine import selfcheck
 from lite.engine.forward import Model
 from lite.engine.forward import Path as ForwardPath
-from lite.errors import ModelError
+from lite.errors import ModelError, RecipeError
 from lite.model import adapters, load
 from lite.model.attention import install
-from lite.model.head import unwrapped
+from lite.model.head import head_of, unwrapped
 from lite.model.origin import origin
 from lite.recipe import Recipe
 from lite.reference.fill import fill, missing
@@ -167,7 +167,10 @@ def _fill(
     recipe: Recipe,
     told: Told,
 ) -> int:
-    total = len(missing(store, identity, examples, top_k=wanted_words(recipe)))
+    words = wanted_words(recipe)
+    if words and words > (known := len(head_of(model).weight)):
+        raise RecipeError(f"top_k = {words}: the reference knows {known} words. Take at most that many.")
+    lacking = missing(store, identity, examples, top_k=words)
     return fill(
         store,
         identity,
@@ -175,8 +178,9 @@ def _fill(
         model,
         layout,
         path,
-        top_k=wanted_words(recipe),
-        done=lambda count: told(count, total),
+        top_k=words,
+        lacking=lacking,
+        done=lambda count: told(count, len(lacking)),
     )
 
 

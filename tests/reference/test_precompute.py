@@ -177,3 +177,17 @@ def test_training_reads_what_precompute_wrote_and_starts_at_ln_2(mine: Path, tmp
     assert run.result["eval_before"]["eval_loss"] == pytest.approx(0.693147, abs=1e-5)
     assert abs(run.result["eval_before"]["eval_rewards/chosen"]) <= 1e-4
     assert torch.isfinite(torch.tensor(run.result["eval_after"]["eval_loss"]))
+
+
+def test_more_words_than_there_are(mine: Path) -> None:
+    with pytest.raises(RecipeError, match=r"top_k = 300: the reference knows 259 words\."):
+        precomputed(mine, method="distill", ref=str(mine / "model"), top_k=300)
+
+
+def test_a_reference_of_nans_is_told_by_its_rows(mine: Path) -> None:
+    path = mine / "model" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"no numbers(.|\n)*pairs.jsonl:4: token 1 of"):
+        precomputed(mine, self_check=False)

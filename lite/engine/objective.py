@@ -76,12 +76,11 @@ class Objective:
         aliases = {"completion": data.get("chosen"), "ref_completion": data.get("ref_chosen")}
         data = {**{name: value for name, value in aliases.items() if value is not None}, **data}
         settings = {**self.hyperparameters, **self.scalars}
-        total, metrics, weights = torch.zeros((), dtype=torch.float64), {}, {}
+        parts, metrics, weights = [], {}, {}
         for loss, weight, names in self.summands:
             scored = loss(data, {name: settings[key] for name, key in names.items()})
             share = shares[Summand(loss, weight, names).share]
-            part = (scored.loss * share).sum()
-            total = total.to(part.device) + weight * part
+            parts.append(weight * (scored.loss * share).sum())
             found = scored.metrics
             if len(self.summands) > 1:
                 found = {**found, f"loss/{loss.signature.name}": scored.loss.detach()}
@@ -90,7 +89,7 @@ class Objective:
                     counts = ~value.isnan()
                     metrics[name] = (torch.where(counts, value, 0.0) * share).sum()
                     weights[name] = (counts * share).sum()
-        return Sums(total, metrics, weights)
+        return Sums(sum(parts), metrics, weights)
 
 
 def of_pack(tokens: Tokens, pack: Pack) -> Data:

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lite import signatures
 from lite.data.examples import TokenExample
@@ -15,6 +16,7 @@ from lite.engine import layout as layouts
 from lite.engine.forward import Path
 from lite.engine.objective import Objective
 from lite.engine.step import backward, measure, total
+from lite.loss.logps import Logps
 from lite.model.attention import install
 from lite.recipe import Recipe
 
@@ -141,3 +143,31 @@ def test_dpo_begins_at_ln_2(tiny_model, token_examples, layout: dict) -> None:
     assert float(sums.loss) == pytest.approx(math.log(2), abs=1e-5)
     assert abs(float(sums.averages["rewards/chosen"])) <= 1e-4
     assert abs(float(sums.averages["rewards/rejected"])) <= 1e-4
+
+
+class Waits(TorchDispatchMode):
+    """Notes every copy of a number between the host and the device: on CUDA each waits for all work before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        found = function(*arguments, **(keywords or {}))
+        devices = {t.device.type for t in (*arguments, found) if isinstance(t, Tensor)}
+        if len(devices) > 1 and not (keywords or {}).get("non_blocking"):
+            self.seen.append(str(function))
+        return found
+
+
+@pytest.mark.parametrize("changes", [{"method": "dpo"}, {"method": "gamma_dpo"}, {"loss": "dpo:1,orpo:0.1"}], ids=str)
+def test_a_pack_waits_for_no_device(changes: dict) -> None:
+    """The loss of a pack is queued behind its forward, whatever the device is; here one that computes nothing."""
+    recipe = Recipe(**{"method": "dpo", **changes})
+    objective = Objective.of(recipe.signature, recipe.hyperparameters)
+    offsets = torch.tensor([0, 3, 5], device="meta")
+    data = {name: Logps(torch.empty(5, device="meta"), offsets) for name in recipe.signature.data}
+    with Waits() as waits:
+        sums = objective(data, {"examples": torch.empty(2, dtype=torch.float64, device="meta")})
+    assert sums.loss.device.type == "meta"
+    assert waits.seen == []

@@ -140,7 +140,9 @@ def _doubt(scores: "Scores") -> str:
     """What makes a row doubtful, as a line above them."""
     measure = "rewards" if scores.subject.reference else "log p per token"
     if "mean_margin" in scores.summary:
-        return f"rows that it doubts most, by the margin of {measure}; their chosen and rejected may be swapped"
+        swapped = "; where it is negative, chosen and rejected may be swapped"
+        doubted = any((row.conviction or 0) < 0 for row in scores.tally.worst)
+        return f"rows that it doubts most, by the margin of {measure}{swapped if doubted else ''}"
     return f"rows that it doubts most, by {measure}"
 
 
@@ -160,7 +162,7 @@ def _doubted(rows: Sequence["ScoredRow"]) -> Table:
         ("row", "", "tokens"), ("left", "right", "right"), zip(*cells, strict=True), strict=False
     ):
         # The prompt gives way where the terminal is narrow, and never these.
-        table.add_column(name, justify=side, no_wrap=True, min_width=max(map(len, column)))
+        table.add_column(name, justify=side, no_wrap=True, min_width=max(map(len, (name, *column))))
     table.add_column("prompt", overflow="ellipsis", no_wrap=True)
     for line in cells:
         table.add_row(*map(Text, line))

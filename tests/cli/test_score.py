@@ -69,7 +69,13 @@ def test_a_run_beside_its_start_then_what_if(run: Path, capsys: pytest.CaptureFi
     cache = ["--cache", str(run.parent / "cache")]
     assert main(["score", "--run", str(run), "--ref", "start", *cache]) == 0
     page = capsys.readouterr().out
-    for words in ("bundled with", "chosen has more reward", "margin of rewards", "good.jsonl:", "may be swapped"):
+    for words in (
+        "bundled with",
+        "chosen has more reward",
+        "margin of rewards",
+        "good.jsonl:",
+        "rows that it doubts most, by the margin of rewards",
+    ):
         assert words in page
     assert f"lite what-if {run}" in page.replace("\n", "")
 

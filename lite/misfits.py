@@ -72,7 +72,7 @@ def _of_reference(
         beside = " beside ref_columns: the data brings its reference. Take one of them."
         found += [Problem(key, f" = {values[key]!r}{beside}") for key in ("ref", "refresh_reference") if key in asked]
         needs = {name for name in signature.data if name.startswith("ref_")}
-        if not needs <= {"ref_chosen", "ref_rejected"}:
+        if signature.by_token or not needs <= {"ref_chosen", "ref_rejected"}:
             found.append(Problem("ref_columns", f" = True: {signature.name} needs more than the totals of pairs."))
     if "ref" in asked and "refresh_reference" in asked:
         text = " beside ref: the policy would take the place of the model named. Take one of them."

@@ -55,6 +55,7 @@ class Signature:
     learning_rate: float = 2e-5  # for adapters; the method's paper gives that of full fine-tuning
     weigh_by: str = "examples"  # "examples": 1 each; "tokens": its scored tokens
     whole_batch: bool = False  # needs every Logps of the step before any gradient
+    by_token: bool = False  # looks into the reference's tokens, so that their sums alone will not do
     prompt_when: dict[str, str] | None = None  # hyperparameter values under which `prompt` is scored too
     learnable: dict[str, tuple[float, float]] = field(default_factory=dict)  # trained hyperparameters, their bounds
     terms: tuple["Term", ...] = ()  # of a sum; empty of one loss
@@ -156,6 +157,7 @@ def _sum(method: str, losses: str) -> Signature:
         data=tuple(dict.fromkeys(name for term in terms for name in term.signature.data)),
         hyperparameters={key: replace(s.hyperparameters[h], name=key) for key, (s, h) in named.items()},
         whole_batch=any(term.signature.whole_batch for term in terms),
+        by_token=any(term.signature.by_token for term in terms),
         prompt_when=None,
         learnable={key: s.learnable[h] for key, (s, h) in named.items() if h in s.learnable},
         terms=tuple(terms),
@@ -195,7 +197,7 @@ def _signature(node: ast.FunctionDef, path: Path, options: dict[str, Any]) -> Si
     if of_pairs and ("chosen" not in data or of_single):
         beside = f"beside {of_single}, which single completions have" if of_single else "without chosen"
         raise RecipeError(f"{path}:{node.lineno}: {node.name} asks for {of_pairs} of pairs, {beside}.")
-    optional = {"learning_rate", "weigh_by", "whole_batch", "prompt_when", "learnable"}
+    optional = {"learning_rate", "weigh_by", "whole_batch", "by_token", "prompt_when", "learnable"}
     if options.keys() - optional:
         wrong = ", ".join(sorted(options.keys() - optional))
         raise RecipeError(f"{path}:{node.lineno}: @loss has no option {wrong}. Known: {', '.join(sorted(optional))}.")

@@ -42,7 +42,7 @@ def wpo(
     return Scored(losses, metrics)
 
 
-@loss(learning_rate=5e-6)
+@loss(learning_rate=5e-6, by_token=True)
 def ld_dpo(
     chosen: Logps,
     rejected: Logps,

@@ -146,6 +146,8 @@ def _sum(method: str, losses: str) -> Signature:
         problem = "a loss is named twice"
     elif {"preference", "unpaired"} <= kinds:
         problem = "some learn from pairs, others from single completions with a label. Take losses of one kind"
+    elif likely := [t.signature.name for t in terms if "unpaired" in kinds and _blind_to_labels(t.signature)]:
+        problem = f"{', '.join(likely)} would learn undesirable completions like desirable ones. Leave it out"
     elif not all(term.weight > 0 and math.isfinite(term.weight) for term in terms):
         problem = "a weight is not above 0"
     if problem:
@@ -162,6 +164,11 @@ def _sum(method: str, losses: str) -> Signature:
         learnable={key: s.learnable[h] for key, (s, h) in named.items() if h in s.learnable},
         terms=tuple(terms),
     )
+
+
+def _blind_to_labels(signature: Signature) -> bool:
+    """Whether it makes each completion likelier, whatever its label; a teacher's words are right after any."""
+    return signature.example == "completion" and not signature.soft
 
 
 @cache

@@ -68,6 +68,13 @@ def test_a_sum_that_cannot_be(losses: str, told: str):
         signatures.find("dpo", losses)
 
 
+def test_no_sum_learns_to_write_undesirable_completions():
+    """sft knows no labels; a teacher's distribution after a completion is right whatever the completion is."""
+    with pytest.raises(RecipeError, match="sft would learn undesirable completions like desirable ones"):
+        signatures.find("kto", "kto:1,sft:0.2")
+    assert signatures.find("kto", "kto:1,distill:0.2").example == "unpaired"
+
+
 def test_a_loss_of_the_users_own(tmp_path: Path) -> None:
     signature = signatures.find(f"{written(tmp_path, LOSS)}:margin")
     assert signature.summary == "A margin between the two."

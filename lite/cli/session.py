@@ -86,10 +86,13 @@ def following(run: "Run") -> list[str]:
     base = f"--model {shlex.quote(recipe.model)}" + (
         " --4bit" if recipe.load_in_4bit else " --8bit" if recipe.load_in_8bit else ""
     )
+    folder = shlex.quote(str(run.folder))
+    judged = " --ref start" if recipe.signature.reference else ""
     return [
         f"adapter   {run.adapter}",
+        f"judge it  lite score --run {folder}{judged}    lite what-if {folder}",
         f'use it    peft.AutoPeftModelForCausalLM.from_pretrained("{run.adapter}")',
-        f"train on  lite {shlex.quote(recipe.method)} {base} --run {shlex.quote(str(run.folder))} --data MORE.jsonl",
+        f"train on  lite {shlex.quote(recipe.method)} {base} --run {folder} --data MORE.jsonl",
     ]
 
 

@@ -110,7 +110,10 @@ def take_in(arguments: Sequence[str]) -> int:
         found = []
         for file in files:
             progress.stage(f"reading {file}")
-            found.append(merge(store, file, progress.rows))
+            try:
+                found.append(merge(store, file, progress.rows))
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt("What was read is kept; the same command takes in the rest.") from None
     if given.get("json"):
         told = [{"file": str(file), **one._asdict()} for file, one in zip(files, found, strict=True)]
         print(json.dumps({"cache": str(file_of(given)), "files": told}))

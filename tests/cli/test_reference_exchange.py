@@ -2,7 +2,10 @@
 
 import json
 import shutil
+import signal
 import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lite.cli import main
+from lite.reference.rows import Row
+from lite.reference.store import Store
+from lite.reference.weights import Identity, completion_key
 from tests.tiny import write_world
 
 
@@ -246,6 +252,28 @@ def test_a_cache_from_elsewhere_is_taken_in_and_used(
 def rows_of(cache: Path) -> list[tuple]:
     with sqlite3.connect(cache / "reference.sqlite") as connection:
         return connection.execute("SELECT * FROM logps ORDER BY identity, key").fetchall()
+
+
+def test_ctrl_c_in_an_import_keeps_what_was_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Some thousand rows, in transactions of one thousand."""
+    identity = Identity("00" * 16, "nf4", "bfloat16", model="qwen-14b")
+    with Store.open(tmp_path / "there") as store:
+        store.put(identity, [Row(completion_key([n], [n]), torch.full((400,), -0.5)) for n in range(40000)])
+    take = ["reference", "import", str(tmp_path / "there"), "--cache", str(tmp_path / "here"), "--json"]
+    code = "import sys; from lite.cli import main; sys.exit(main())"
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code, *take], **streams) as process:
+        for line in process.stderr:
+            if "/40000 rows" in line:
+                process.send_signal(signal.SIGINT)
+                break
+        out, said = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, "")
+    assert said.splitlines()[-1] == "stopped. What was read is kept; the same command takes in the rest."
+    (found,) = result(take[:-1], capsys)["files"]
+    assert found["rows"] == 40000
+    assert 0 < found["new"] < 40000
+    assert rows_of(tmp_path / "here") == rows_of(tmp_path / "there")
 
 
 def test_a_data_file_is_no_cache(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ class Origin(NamedTuple):
     folder: Path
     quantisation: str  # none, nf4, int8, or what a quantised checkpoint says of itself
     dtype: str
+    remote_code: bool  # whether the folder's own Python computes it, where transformers may have a model of that name
 
 
 def origin(recipe: Recipe) -> Origin | None:
@@ -24,10 +25,12 @@ def origin(recipe: Recipe) -> Origin | None:
     folder = folder_of(recipe)
     if folder is None:
         return None
-    stored = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    stored = config.get("quantization_config")
     asked = "nf4" if recipe.load_in_4bit else "int8" if recipe.load_in_8bit else "none"
     quantisation = asked if stored is None else json.dumps(stored, sort_keys=True)
-    return Origin(folder, quantisation, str(compute_dtype(recipe)).removeprefix("torch."))
+    remote_code = recipe.trust_remote_code and "AutoModelForCausalLM" in config.get("auto_map", {})
+    return Origin(folder, quantisation, str(compute_dtype(recipe)).removeprefix("torch."), remote_code)
 
 
 def folder_of(recipe: Recipe) -> Path | None:

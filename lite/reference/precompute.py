@@ -83,7 +83,7 @@ def identity_of(recipe: Recipe, store: Store, told: Callable[[int, int], None] =
     start = adapters.continued_from(recipe)
     adapter = None if start is None else tensors_digest(*adapters.content(start))
     names = {"model": recipe.model, "adapter_name": None if start is None else str(start)}
-    return Identity(weights, found.quantisation, found.dtype, adapter, **names)
+    return Identity(weights, found.quantisation, found.dtype, adapter, remote_code=found.remote_code, **names)
 
 
 def _identity_of_loaded(recipe: Recipe, model: Model, store: Store) -> Identity:

@@ -66,6 +66,7 @@ class Identity:
     dtype: str
     adapter: str | None = None  # of `tensors_digest`
     format: int = FORMAT
+    remote_code: bool = field(default=False, kw_only=True)  # whether Python of the model's own computes it
     model: str = field(default="", compare=False, kw_only=True)  # for people, as the next one
     adapter_name: str | None = field(default=None, compare=False, kw_only=True)
 
@@ -73,6 +74,7 @@ class Identity:
     def key(self) -> bytes:
         """16 bytes that stand for it in the cache."""
         decides = [self.weights, self.quantisation, self.dtype, self.adapter, self.format]
+        decides += [True] if self.remote_code else []
         return xxhash.xxh3_128(json.dumps(decides).encode()).digest()
 
     @property

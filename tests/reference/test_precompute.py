@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import lite
 from lite.errors import ModelError, RecipeError
 from lite.recipe import Recipe
+from lite.reference.precompute import identity_of
 from lite.reference.store import Store
 from tests.tiny import tiny_settings, write_pairs, write_world
 
@@ -96,6 +97,18 @@ def test_the_config_is_part_of_the_model(mine: Path) -> None:
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, "rms_norm_eps": 1e-5}))
     assert precomputed(mine)["computed"] == DISTINCT
+
+
+def test_code_of_the_models_own_is_a_miss(mine: Path) -> None:
+    """transformers has a Qwen3; the folder brings another, which is run only if the user says so."""
+    config = json.loads((mine / "model" / "config.json").read_text())
+    with Store.open(mine / "cache") as store:
+        before = identity_of(recipe_of(mine), store)
+        assert identity_of(recipe_of(mine, trust_remote_code=True), store) == before
+        config["auto_map"] = {"AutoModelForCausalLM": "modeling_own.Own"}
+        (mine / "model" / "config.json").write_text(json.dumps(config))
+        known, own = (identity_of(recipe_of(mine, trust_remote_code=trust), store) for trust in (False, True))
+    assert len({before.key, known.key, own.key}) == 3
 
 
 def test_the_quantisation_and_the_dtype_are_a_miss(mine: Path) -> None:

@@ -144,6 +144,28 @@ def test_the_adapter_it_goes_on_from_is_a_miss(mine: Path, tmp_path: Path) -> No
     assert precomputed(mine, run=str(trained.folder))["computed"] == DISTINCT
 
 
+def test_the_adapter_it_goes_on_from_is_the_reference(mine: Path, tmp_path: Path) -> None:
+    """A run that goes on begins at ln 2, whether precompute read the model with its adapter or the run itself did.
+
+    From the base, with that adapter on --ref, the rewards are those of the run that trained it, with the sign turned.
+    """
+    first = lite.train(recipe_of(mine, output_dir=str(tmp_path / "first"), max_steps=5, samples=0))
+    learnt = first.result["eval_after"]["eval_rewards/margins"]
+    assert abs(learnt) > 1e-2
+    precomputed(mine, run=str(first.folder))
+    short = {"max_steps": 1, "samples": 0}
+    for cache in ("cache", "another"):
+        asked = recipe_of(
+            mine, run=str(first.folder), cache=str(mine / cache), output_dir=str(tmp_path / cache), **short
+        )
+        before = lite.train(asked).result["eval_before"]
+        assert before["eval_loss"] == pytest.approx(0.693147, abs=1e-5)
+        assert abs(before["eval_rewards/chosen"]) <= 1e-4
+    beside = {"ref": str(mine / "model"), "ref_adapter": str(first.adapter)}
+    before = lite.train(recipe_of(mine, output_dir=str(tmp_path / "beside"), **beside, **short)).result["eval_before"]
+    assert before["eval_rewards/margins"] == pytest.approx(-learnt, abs=1e-4)
+
+
 def test_a_setting_of_the_adapter_is_a_miss(mine: Path, tmp_path: Path) -> None:
     """The same tensors, of which some are scaled otherwise; where the adapter says it comes from is no matter."""
     trained = lite.train(recipe_of(mine, output_dir=str(tmp_path / "run"), max_steps=1, samples=0))

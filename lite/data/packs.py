@@ -54,7 +54,7 @@ class Pack:
     labels: Tensor  # (N,) int64: the token it must predict
     roles: dict[str, Role]
     examples: tuple[int, ...]  # the examples that are wholly here, by their index within the batch
-    shares: dict[str, Tensor]  # of these: see `shares_of`
+    shares: dict[str, Tensor]  # of these: their weights (`weights_of`) over the sum of the batch
     columns: dict[str, Tensor]  # of these: see `columns_of`
     reference: Tensor | None = None  # (N,) float32: the reference's log-probs
     soft: SoftTargets | None = None  # of the role `expected`

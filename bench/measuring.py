@@ -3,6 +3,7 @@
 Contenders run each in a process of its own, one after the other, round after round. Before each the others on the
 machine are waited for; what share of it they took all the same is kept beside every figure, and rounds in which it was
 a small one count before those in which it was not. CPU seconds are kept beside those of the clock: they suffer less.
+On a machine that is never quiet, OMP_NUM_THREADS=1 leaves the other cores to whoever wants them.
 """
 
 import json
@@ -23,7 +24,7 @@ LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "OMP_NUM_THREADS")  # mak
 PACKAGES = ("torch", "transformers", "peft", "trl")
 FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 STATUS, FORGET_PEAK, BUSY = Path("/proc/self/status"), Path("/proc/self/clear_refs"), Path("/proc/stat")
-QUIET = 0.1  # of the machine, taken by others
+SLACK = 0.1  # of the machine, which others may take beside the cores that are left to them
 PATIENCE_S = 45.0
 
 Found = dict[str, Any]
@@ -39,7 +40,7 @@ def machine() -> Found:
         "commit": _git("rev-parse", "HEAD") + ("+" if _git("status", "--porcelain", "--", "lite", "bench") else ""),
         "cpu": model, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
         "features": [feature for feature in FEATURES if f" {feature}" in cpu],
-        "limited_by": {name: os.environ[name] for name in LIMITS if name in os.environ},
+        "quiet_below": quiet_share(), "limited_by": {name: os.environ[name] for name in LIMITS if name in os.environ},
         "load_at_start": os.getloadavg(), "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
     }  # fmt: skip
@@ -67,13 +68,19 @@ def watched() -> Iterator[Found]:
     found["others"] = round(max(0.0, (_busy_s() - busy - (_own_s() - own)) / (elapsed * (os.cpu_count() or 1))), 3)
 
 
+def quiet_share() -> float:
+    """How much of the machine others may take while a figure still counts: OMP_NUM_THREADS may leave cores to them."""
+    cores = os.cpu_count() or 1
+    return 1 - min(int(os.environ.get("OMP_NUM_THREADS", cores)), cores) / cores + SLACK
+
+
 def wait_for_quiet() -> None:
-    """Until two seconds have passed in which others took little, or patience is at its end."""
+    """Until two seconds have passed in which others left room, or patience is at its end."""
     until, calm = time.monotonic() + PATIENCE_S, 0
     while calm < 2 and time.monotonic() < until:
         with watched() as load:
             time.sleep(1)
-        calm = calm + 1 if load["others"] <= QUIET / 2 else 0
+        calm = calm + 1 if load["others"] <= quiet_share() - SLACK / 2 else 0
 
 
 def in_turn(contenders: dict[str, Callable[[bool], Found]], rounds: int) -> dict[str, list[Found]]:
@@ -92,7 +99,7 @@ def in_turn(contenders: dict[str, Callable[[bool], Found]], rounds: int) -> dict
 
 def counted(rounds: Sequence[Found]) -> list[Found]:
     """The rounds that count: the quiet ones; all if there is none."""
-    return [one for one in rounds if one["others"] <= QUIET] or list(rounds)
+    return [one for one in rounds if one["others"] <= quiet_share()] or list(rounds)
 
 
 def median(rounds: Sequence[Found], key: str) -> float:

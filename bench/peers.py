@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from material import bundled_rows, copy_bundled_model, make_adapter, make_model, random_rows, write_rows
-from measuring import Found, child, command, counted, in_turn, machine, median, save
+from measuring import Found, child, command, in_turn, machine, median, quiet_share, save
 
 PAIR_ROWS, PARITY_ROWS = 2, 8
 CONTENDERS = {"orpo": ("lite-orpo", "trl-orpo"), "dpo": ("lite-orpo", "lite-dpo", "trl-dpo")}
@@ -57,7 +57,8 @@ def summary(rounds: list[Found]) -> Found:
     last = rounds[-1]
     found = {
         "step": median(rounds, "seconds"), "cpu_step": median(rounds, "cpu_seconds"),
-        "peak_bytes": statistics.median(one["peak_bytes"] for one in ready), "quiet_rounds": len(counted(rounds)),
+        "peak_bytes": statistics.median(one["peak_bytes"] for one in ready),
+        "quiet_rounds": sum(one["others"] <= quiet_share() for one in rounds),
     }  # fmt: skip
     if "floor_seconds" in last:
         floor = {key: last[key] for key in ("products", "tokens", "scored_tokens", "floor_seconds", "step_seconds")}

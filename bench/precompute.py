@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from material import bundled_rows, copy_bundled_model, make_model, random_rows, write_rows
-from measuring import QUIET, Found, command, machine, save, wait_for_quiet, watched
+from measuring import Found, command, counted, machine, quiet_share, save, wait_for_quiet, watched
 
 from lite.data.examples import TokenExample
 from lite.data.packing import lay_out
@@ -98,7 +98,7 @@ def compare(subject: Subject, rounds: int, top_k: int | None) -> Found:
         if number:
             seconds = {name: wall for name, (wall, _) in took.items()}
             found.append({**seconds, "cpu": {name: cpu for name, (_, cpu) in took.items()}, **load})
-    counts = [one for one in found if one["others"] <= QUIET] or found
+    counts = counted(found)
     middle = {name: statistics.median(one[name] for one in counts) for name in acts}
     middle_cpu = {name: statistics.median(one["cpu"][name] for one in counts) for name in acts}
     return {
@@ -106,7 +106,8 @@ def compare(subject: Subject, rounds: int, top_k: int | None) -> Found:
         "tokens_per_second": {name: round(subject.tokens / seconds, 1) for name, seconds in middle.items()},
         "share_of_bare": {name: round(middle["bare"] / middle[name], 4) for name in acts},
         "share_of_bare_cpu": {name: round(middle_cpu["bare"] / middle_cpu[name], 4) for name in acts},
-        "parts_seconds": subject.parts(), "quiet_rounds": sum(one["others"] <= QUIET for one in found), "rounds": found,
+        "parts_seconds": subject.parts(), "quiet_rounds": sum(one["others"] <= quiet_share() for one in found),
+        "rounds": found,
     }  # fmt: skip
 
 

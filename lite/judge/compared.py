@@ -17,7 +17,6 @@ from lite.reference.fill import fill, missing
 from lite.reference.lookup import Cached
 from lite.reference.precompute import identity_of
 from lite.reference.store import Store
-from lite.reference.weights import Identity
 from lite.train.progress import Progress
 
 
@@ -64,7 +63,7 @@ def _beneath(recipe: Recipe, reference: Recipe) -> bool:
 
 
 def _filled(reference: Recipe, store: Store, examples: Sequence[TokenExample], judge: Judge, tell: Progress) -> Cached:
-    identity = _known(reference, store)
+    identity = precompute.identity_of_loaded(reference, judge.model, store)
     tell.stage("reading the reference's log-probs")
     total, done = len(missing(store, identity, examples, top_k=None)), 0
     for names, alike in by_names(examples).items():
@@ -76,9 +75,3 @@ def _filled(reference: Recipe, store: Store, examples: Sequence[TokenExample], j
         done += fill(store, identity, group, judge.model, judge.layout_of(names), judge.path, done=count)
     tell.note(f"reference: {identity.description}, {done} rows computed, the others found in {store.path}")
     return Cached(store, identity)
-
-
-def _known(reference: Recipe, store: Store) -> Identity:
-    identity = identity_of(reference, store)
-    assert identity is not None, "a model that was loaded has its files here"
-    return identity

@@ -65,7 +65,11 @@ def of(signature: signatures.Signature) -> Loss:
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, signature.path)
         sys.modules[name] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]  # or the next one to ask would get half a module
+            raise
     return Loss(signature, getattr(sys.modules[name], signature.name))
 
 

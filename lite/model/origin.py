@@ -7,7 +7,7 @@ from typing import NamedTuple
 from huggingface_hub import try_to_load_from_cache
 
 from lite.model import catalog
-from lite.model.load import compute_dtype
+from lite.model.load import compute_dtype, device
 from lite.recipe import Recipe
 
 
@@ -16,7 +16,7 @@ class Origin(NamedTuple):
 
     folder: Path
     quantisation: str  # none, nf4, int8, or what a quantised checkpoint says of itself
-    dtype: str
+    dtype: str  # that computes; where it rounds, also on what: a CPU and a GPU then differ by more than noise
     remote_code: bool  # whether the folder's own Python computes it, where transformers may have a model of that name
 
 
@@ -30,7 +30,9 @@ def origin(recipe: Recipe) -> Origin | None:
     asked = "nf4" if recipe.load_in_4bit else "int8" if recipe.load_in_8bit else "none"
     quantisation = asked if stored is None else json.dumps(stored, sort_keys=True)
     remote_code = recipe.trust_remote_code and "AutoModelForCausalLM" in config.get("auto_map", {})
-    return Origin(folder, quantisation, str(compute_dtype(recipe)).removeprefix("torch."), remote_code)
+    dtype = str(compute_dtype(recipe)).removeprefix("torch.")
+    exact = dtype == "float32" and quantisation == "none"
+    return Origin(folder, quantisation, dtype if exact else f"{dtype} on {device(recipe).type}", remote_code)
 
 
 def folder_of(recipe: Recipe) -> Path | None:

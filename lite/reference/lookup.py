@@ -1,13 +1,13 @@
 """Looking up: what the reference says of an example, for a batch that is being laid out."""
 
 import torch
-from lite.reference.store import Store
-from lite.reference.weights import Identity
 from torch import Tensor
 
 from lite.data.examples import TokenExample
 from lite.errors import CacheError
 from lite.reference.fill import keys_of
+from lite.reference.store import Store
+from lite.reference.weights import Identity
 
 
 class Cached:

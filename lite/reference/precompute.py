@@ -86,7 +86,7 @@ def identity_of(recipe: Recipe, store: Store, told: Callable[[int, int], None] =
     return Identity(weights, found.quantisation, found.dtype, adapter, remote_code=found.remote_code, **names)
 
 
-def _identity_of_loaded(recipe: Recipe, model: Model, store: Store) -> Identity:
+def identity_of_loaded(recipe: Recipe, model: Model, store: Store) -> Identity:
     """The identity of a model that was loaded: of the commit that it came in, whatever the hub's copy is now."""
     commit = unwrapped(model).config._commit_hash
     identity = identity_of(recipe if commit is None else recipe.model_copy(update={"revision": commit}), store)
@@ -106,7 +106,7 @@ def by_policy(
 ) -> Filled:
     """Fill from the policy as it stands before step 1; a new adapter is switched off, one it goes on from stays on."""
     started = time.perf_counter()
-    identity = _identity_of_loaded(recipe, model, store)
+    identity = identity_of_loaded(recipe, model, store)
     if adapters.continued_from(recipe) is not None:
         computed = _fill(store, identity, examples, model, layout, path, recipe, told)
     else:
@@ -137,7 +137,7 @@ def by_model(
         stage(f"loading {recipe_of_it.model} as the reference")
         model = loaded(recipe_of_it)
         # Once more: the hub may have had a newer model than the copy that was looked at.
-        identity = _identity_of_loaded(recipe_of_it, model, store)
+        identity = identity_of_loaded(recipe_of_it, model, store)
         path, chosen = layouts.path_of(recipe), layouts.layout_of(recipe, model)
         if recipe.self_check:
             chosen = selfcheck.choose_layout(model, examples, chosen, path)

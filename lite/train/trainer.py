@@ -209,7 +209,8 @@ class Trainer(transformers.Trainer):
         checkpoints.write(parent, self.state.global_step, self._fill)
         checkpoints.prune(parent, self.recipe.save_total_limit)
         if self.refresh:
-            self.refresh.forget_before(min(state(kept)["refreshed"] for kept in checkpoints.listed(parent)))
+            whole = [kept for kept in checkpoints.listed(parent) if not checkpoints.problems(kept)]
+            self.refresh.forget_before(min(state(kept)["refreshed"] for kept in whole))
 
     def _fill(self, folder: Path) -> None:
         adapters.save(self.model, folder)

@@ -31,7 +31,7 @@ def store(tmp_path: Path):
 
 
 def test_what_is_read_back_is_what_the_engine_says(tiny_model, token_examples, store: Store) -> None:
-    """fp32 log-probs to 1e-5 whatever packs either came from; a second fill computes nothing; a shuffled one neither."""
+    """fp32 log-probs to 1e-5 whatever packs they came from; a second fill, and one in another order, compute nothing."""
     model, examples = tiny_model("qwen3"), token_examples()
     install(model)
     assert fill(store, IDENTITY, examples, model, PAIRS, ForwardPath()) == len(examples)
@@ -88,6 +88,21 @@ def test_a_broken_row_is_found_before_training(tiny_model, token_examples, store
         connection.execute("UPDATE logps SET tokens = ? WHERE key = ?", [bytes([blob[0] ^ 1]) + blob[1:], key])
     connection.close()
     assert missing(store, IDENTITY, examples, top_k=None) == [examples[2]]
+
+
+def test_broken_words_are_found_before_training(tiny_model, token_examples, store: Store) -> None:
+    model = tiny_model("qwen3")
+    install(model)
+    layout = Layout(("completion",), tokens_per_pack=120)
+    examples = [type(e)(e.prompt, e.completions[:1], e.place) for e in token_examples()]
+    fill(store, IDENTITY, examples, model, layout, ForwardPath(13), top_k=4)
+    key = keys_of(examples[1])[0]
+    with sqlite3.connect(store.path) as connection:
+        (blob,) = connection.execute("SELECT ids FROM tops WHERE key = ?", [key]).fetchone()
+        connection.execute("UPDATE tops SET ids = ? WHERE key = ?", [bytes([blob[0] ^ 1]) + blob[1:], key])
+    connection.close()
+    assert missing(store, IDENTITY, examples, top_k=None) == []
+    assert missing(store, IDENTITY, examples, top_k=4) == [examples[1]]
 
 
 # Fills `sys.argv[1]` from a tiny model over 60 pairs; kills itself after `sys.argv[2]` packs of this process, if given.

@@ -15,6 +15,7 @@ from lite.data.packs import Layout
 from lite.engine import layout as layouts
 from lite.engine.forward import Path
 from lite.engine.objective import Objective
+from lite.engine.score import logps
 from lite.engine.step import backward, measure, total
 from lite.loss.logps import Logps
 from lite.model.attention import install
@@ -45,11 +46,11 @@ def fitting(signature: signatures.Signature, pairs: list[TokenExample]) -> list[
     """The pairs as examples of the loss's type: with margins, with labels and another row's completion, or single."""
     if signature.example == "preference":
         return [replace(e, margin=1.0 + i) for i, e in enumerate(pairs)]
-    count = len(signature.completions)
+    count, labelled = len(signature.completions), "label" in signature.data
     return [
-        TokenExample(e.prompt, e.completions[:count], e.place, e.weight, label=i % 3 > 0 if "label" in signature.data else None)
+        TokenExample(e.prompt, e.completions[:count], e.place, e.weight, label=i % 3 > 0 if labelled else None)
         for i, e in enumerate(pairs)
-    ]  # fmt: skip
+    ]
 
 
 def step_of(model, recipe: Recipe, examples: list[TokenExample], **changes: object) -> tuple[Tensor, list[Tensor]]:
@@ -86,7 +87,7 @@ def test_every_loss_takes_the_same_step_in_any_layout(tiny_model, token_examples
 
 
 def test_a_sum_is_each_loss_by_its_own_normaliser(tiny_model, token_examples) -> None:
-    """dpo:1.0,sft:0.2: DPO's mean over pairs, and 0.2 times the NLL's mean over the tokens of all chosen completions."""
+    """dpo:1.0,sft:0.2: DPO's mean over pairs, and 0.2 times the mean NLL of all chosen completions' tokens."""
     model, examples = tiny_model("qwen3", dtype=torch.float64), token_examples()
     both = Recipe(method="dpo", loss="dpo:1.0,sft:0.2", **{"dpo.beta": 0.3})
     summed = step_of(model, both, examples, tokens_per_pack=60)
@@ -121,9 +122,7 @@ def test_packs_and_batches_add_up_to_the_whole(tiny_model, token_examples) -> No
     "layout", [{}, {"tokens_per_pack": 60}, {"padded": True}, {"tokens_per_pack": 1, "split_pairs": True}], ids=str
 )
 def test_dpo_begins_at_ln_2(tiny_model, token_examples, layout: dict) -> None:
-    """With the policy's own log-probs for the reference, packed as it pleases: loss ln 2, every |reward| ≤ 1e-4 in fp32."""
-    from lite.engine.score import logps
-
+    """The policy's own log-probs as the reference, packed as it pleases: loss ln 2, every |reward| ≤ 1e-4 in fp32."""
     model, examples = tiny_model("qwen3"), token_examples()
     recipe = Recipe(method="dpo")
     install(model)

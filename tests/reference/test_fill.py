@@ -31,7 +31,7 @@ def store(tmp_path: Path):
 
 
 def test_what_is_read_back_is_what_the_engine_says(tiny_model, token_examples, store: Store) -> None:
-    """fp32 log-probs to 1e-5 whatever packs they came from; a second fill, and one in another order, compute nothing."""
+    """fp32 log-probs to 1e-5 whatever packs they came from; a second fill, in another order too, computes nothing."""
     model, examples = tiny_model("qwen3"), token_examples()
     install(model)
     assert fill(store, IDENTITY, examples, model, PAIRS, ForwardPath()) == len(examples)

@@ -51,6 +51,11 @@ def misfits(values: Mapping[str, Any], fields: Mapping[str, FieldInfo]) -> list[
             found.append(Problem(key, _unknown(key, signature, fields)))
         elif problem := hyperparameters[key].problem(values[key]):
             found.append(Problem(key, problem.removeprefix(key)))
+    for key, (other, value) in signature.only_when.items():
+        default = hyperparameters[key].default
+        if values.get(key, default) != default and values.get(other, hyperparameters[other].default) != value:
+            text = f" = {values[key]!r} counts only with {other} = {value}. Set that, or leave it out."
+            found.append(Problem(key, text))
     return sorted(found)
 
 
@@ -87,5 +92,7 @@ def _unknown(key: str, signature: signatures.Signature, fields: Mapping[str, Fie
     if ours := spellings.foreign(key, known):
         field = fields.get(ours)
         return f"{text} lite calls it {ours}" + (f": {field.description}" if field else ".")
+    if instead := spellings.elsewhere(key):
+        return f"{text} {instead}"
     near = spellings.nearest(key, known)
     return text + (f" Did you mean {near}?" if near else f" See `lite {method} --help`.")

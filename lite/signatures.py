@@ -58,6 +58,7 @@ class Signature:
     by_token: bool = False  # looks into the reference's tokens, so that their sums alone will not do
     prompt_when: dict[str, str] | None = None  # hyperparameter values under which `prompt` is scored too
     learnable: dict[str, tuple[float, float]] = field(default_factory=dict)  # trained hyperparameters, their bounds
+    only_when: dict[str, tuple[str, str]] = field(default_factory=dict)  # hyperparameter → (another, its value)
     terms: tuple["Term", ...] = ()  # of a sum; empty of one loss
 
     @property
@@ -162,6 +163,11 @@ def _sum(method: str, losses: str) -> Signature:
         by_token=any(term.signature.by_token for term in terms),
         prompt_when=None,
         learnable={key: s.learnable[h] for key, (s, h) in named.items() if h in s.learnable},
+        only_when={
+            key: (f"{s.name}.{s.only_when[h][0]}", s.only_when[h][1])
+            for key, (s, h) in named.items()
+            if h in s.only_when
+        },
         terms=tuple(terms),
     )
 
@@ -204,7 +210,7 @@ def _signature(node: ast.FunctionDef, path: Path, options: dict[str, Any]) -> Si
     if of_pairs and ("chosen" not in data or of_single):
         beside = f"beside {of_single}, which single completions have" if of_single else "without chosen"
         raise RecipeError(f"{path}:{node.lineno}: {node.name} asks for {of_pairs} of pairs, {beside}.")
-    optional = {"learning_rate", "weigh_by", "whole_batch", "by_token", "prompt_when", "learnable"}
+    optional = {"learning_rate", "weigh_by", "whole_batch", "by_token", "prompt_when", "learnable", "only_when"}
     if options.keys() - optional:
         wrong = ", ".join(sorted(options.keys() - optional))
         raise RecipeError(f"{path}:{node.lineno}: @loss has no option {wrong}. Known: {', '.join(sorted(optional))}.")

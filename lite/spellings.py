@@ -81,14 +81,9 @@ FOREIGN = {
     "f_divergence_type": "f_divergence",
     "f_alpha_divergence_coef": "f_alpha",
     "discopop_tau": "temperature",
-    "rpo_alpha": "alpha",
-    "ld_alpha": "alpha",
     "pref_ftx": "loss",
-    "loss_type": "loss",
     "loss_weights": "loss",
-    "dpo_loss_type": "loss",
     "dpo_loss_weights": "loss",
-    "pref_loss": "loss",
     "ref_model": "ref",
     "ref_model_name_or_path": "ref",
     "teacher_model": "ref",
@@ -96,10 +91,36 @@ FOREIGN = {
     "ref_adapters": "ref_adapter",
     "ref_model_adapters": "ref_adapter",
     "ref_model_quantization_bit": "ref_load_in_4bit",
-    "precompute_ref_log_probs": "cache",
     "precompute_ref_batch_size": "tokens_per_pack",
     "ref_model_sync_steps": "refresh_reference",
     "sync_ref_model": "refresh_reference",
+}
+
+
+# Their words for what is no setting here, and what to do.
+ELSEWHERE = {
+    "loss_type": "the verb names the loss: lite ipo, lite kto, lite dpo --variant hinge",
+    "dpo_loss_type": "the verb names the loss: lite ipo, lite kto, lite dpo --variant hinge",
+    "pref_loss": "the verb names the loss: lite orpo, lite kto, lite simpo",
+    "rpo_alpha": "lite rpo --alpha",
+    "ld_alpha": "lite ld_dpo --alpha",
+    "use_weighting": "lite wpo",
+    "reference_free": "lite cpo, or lite simpo",
+    "precompute_ref_log_probs": "it is always so; lite precompute does it ahead",
+    "force_use_ref_model": "the reference is read before training and is not in memory with it",
+    "ref_model_mixup_alpha": "--refresh-reference takes the whole policy, not a mixture",
+    "resume_from_checkpoint": "lite resume RUN",
+    "max_samples": "--max-steps ends a run early; a shorter file has fewer rows",
+    "val_size": "--eval-data FILE; without it min(5 %, 200) rows are held out",
+    "gamma_beta_ratio": "lite simpo --gamma, which is beta times this",
+    "padding_free": "nothing is ever padded",
+    "packing": "rows are always packed",
+    "use_liger_kernel": "its kernel is used where it is installed and there is a GPU",
+    "use_peft": "an adapter is always what is trained",
+    "finetuning_type": "an adapter is always what is trained",
+    "deepspeed": "lite trains in one process, on one GPU",
+    "do_train": "the verb trains",
+    "do_eval": "held-out rows are evaluated before, at each checkpoint and after",
 }
 
 
@@ -111,6 +132,11 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
 
     ranked = sorted(known, key=lambda known_word: (likeness(known_word), known_word[:1] == word[:1]), reverse=True)
     return ranked[0] if ranked and likeness(ranked[0]) >= 0.6 else None
+
+
+def elsewhere(word: str) -> str | None:
+    """What to do instead of a setting of other programs that lite has not, as a sentence."""
+    return f"Instead: {ELSEWHERE[word]}." if word in ELSEWHERE else None
 
 
 def foreign(word: str, known: Iterable[str]) -> str | None:

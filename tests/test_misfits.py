@@ -38,3 +38,14 @@ def test_what_excludes_each_other(settings: dict, told: str) -> None:
 )
 def test_what_goes_together(settings: dict) -> None:
     assert Recipe(**settings).signature.reference
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [({"f_alpha": 0.3}, "f_alpha = 0.3 counts only with f_divergence = alpha"),
+     ({"temperature": 0.3, "variant": "hinge"}, "temperature = 0.3 counts only with variant = discopop"),
+     ({"loss": "dpo:1,sft:1", "dpo.temperature": 0.3}, "dpo.temperature = 0.3 counts only with dpo.variant")],
+)  # fmt: skip
+def test_a_setting_of_another_variant(settings: dict, told: str) -> None:
+    with pytest.raises(RecipeError, match=told):
+        Recipe(method="dpo", **settings)

@@ -78,6 +78,8 @@ def _unknown(flag: str, known: Sequence[str]) -> str:
     ours = spellings.foreign(_key(flag), [_key(name) for name in known])
     if ours:
         return f"{flag}: no such option. lite calls it --{ours.replace('_', '-')}."
+    if instead := spellings.elsewhere(_key(flag)):
+        return f"{flag}: no such option. {instead}"
     near = spellings.nearest(flag, known)
     return f"{flag}: no such option." + (f" Did you mean {near}?" if near else "")
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from lite.cli import result
 from lite.cli.progress import Shown, shown
-from lite.recipe import Recipe
+from lite.recipe import BUNDLED, Recipe
 
 if TYPE_CHECKING:
     from lite.train import Run
@@ -81,18 +81,21 @@ def _follow(work: Callable[[Shown], "Run"], *, as_json: bool) -> int:
 
 
 def following(run: "Run") -> list[str]:
-    """Where the adapter is, and what to do with it."""
-    recipe = run.recipe
-    base = f"--model {shlex.quote(recipe.model)}" + (
-        " --4bit" if recipe.load_in_4bit else " --8bit" if recipe.load_in_8bit else ""
-    )
-    folder = shlex.quote(str(run.folder))
-    judged = " --ref start" if recipe.signature.reference else ""
+    """Where the adapter is, and what to do with it: each command with what it needs of this run."""
+    recipe, folder = run.recipe, shlex.quote(str(run.folder))
+    rows = recipe.eval_data or recipe.data
+    judged = f"lite score --run {folder}" + ("" if rows == BUNDLED else f" --data {shlex.quote(rows)}")
+    if recipe.ref:
+        judged += f" --ref {shlex.quote(recipe.ref)}"
+    elif recipe.signature.reference:
+        judged += " --ref start"
+    other = f"    lite what-if {folder}" if run.result["eval_after"] else ""
+    settings = shlex.quote(str(run.folder / "recipe.yaml"))
     return [
         f"adapter   {run.adapter}",
-        f"judge it  lite score --run {folder}{judged}    lite what-if {folder}",
+        f"judge it  {judged}{other}",
         f'use it    peft.AutoPeftModelForCausalLM.from_pretrained("{run.adapter}")',
-        f"train on  lite {shlex.quote(recipe.method)} {base} --run {folder} --data MORE.jsonl",
+        f"train on  lite {shlex.quote(recipe.method)} --recipe {settings} --run {folder} --data MORE.jsonl",
     ]
 
 

@@ -32,7 +32,7 @@ WINDOW_PACKS = 4  # laid out together: enough to pack well, few enough to hear o
 
 @dataclass(frozen=True)
 class Scores:
-    """Every row as the model sees it: iterate once. After that `tally` and `summary` are of all of them."""
+    """Every row as the model sees it: iterate once; `summary` is of all of them."""
 
     subject: Subject
     tally: Tally
@@ -45,7 +45,9 @@ class Scores:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """The rows so far in numbers."""
+        """All rows in numbers; those that were not iterated over yet are read now."""
+        for _ in self:
+            pass
         return self.tally.summary
 
 

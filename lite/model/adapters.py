@@ -127,6 +127,8 @@ def continued_from(recipe: Recipe) -> Path | None:
     files = ("adapter_config.json", WEIGHTS)
     missing = [f"{folder / name}: no such file" for name in files if not (folder / name).is_file()]
     named = f"adapter = {recipe.adapter!r}" if recipe.adapter else f"run = {recipe.run!r}"
+    if missing and recipe.run and (Path(recipe.run) / "checkpoints").is_dir():
+        raise ModelError(f"{named}: this run has not finished. Let it: `lite resume {recipe.run}`.")
     raise_collected(
         ModelError, f"{named}: no adapter to go on from:", missing, "Expected a LoRA adapter as peft saves it."
     )

@@ -163,6 +163,14 @@ def _scales(model: nn.Module) -> Iterator[torch.Tensor]:
             yield scale
 
 
+def require_there(recipe: Recipe, setting: str) -> None:
+    """Raise ModelError, in the name of the setting, if the recipe's model can be seen not to exist or to be none."""
+    try:
+        _source(recipe)
+    except ModelError as error:
+        raise ModelError(str(error).replace("model = ", f"{setting} = ", 1)) from None
+
+
 def _source(recipe: Recipe) -> str:
     """Folder or hub name, checked as far as one can offline; a folder absolute, for adapters will name it."""
     name = catalog.resolve(recipe.model)

@@ -20,7 +20,7 @@ from lite.engine import layout as layouts
 from lite.engine import selfcheck
 from lite.engine.forward import Model
 from lite.engine.forward import Path as ForwardPath
-from lite.errors import ModelError, RecipeError
+from lite.errors import CacheError, ModelError, RecipeError
 from lite.model import adapters, load
 from lite.model.attention import install
 from lite.model.head import head_of, unwrapped
@@ -130,6 +130,8 @@ def by_model(
     started = time.perf_counter()
     recipe_of_it = reference_recipe(recipe)
     if recipe.ref is not None:
+        load.require_there(recipe_of_it, "ref")
+    if recipe.ref is not None:
         require_same_words(recipe_of_it, tokenizer)
     identity = identity_of(recipe_of_it, store)
     computed = 0
@@ -171,7 +173,7 @@ def _fill(
     if words and words > (known := len(head_of(model).weight)):
         raise RecipeError(f"top_k = {words}: the reference knows {known} words. Take at most that many.")
     lacking = missing(store, identity, examples, top_k=words)
-    return fill(
+    computed = fill(
         store,
         identity,
         examples,
@@ -182,6 +184,12 @@ def _fill(
         lacking=lacking,
         done=lambda count: told(count, len(lacking)),
     )
+    if computed and (gone := missing(store, identity, examples, top_k=words)):
+        raise CacheError(
+            f"{store.path}: {len(gone)} of {len(examples)} rows are not there though they were computed: somebody "
+            "pruned or damaged the cache meanwhile. The same command computes what is missing."
+        )
+    return computed
 
 
 def loaded(recipe: Recipe) -> Model:

@@ -6,6 +6,7 @@ Source: the hard update of Gorbatovski et al. 2024, arXiv:2404.09656.
 """
 
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,6 +38,7 @@ class Refresh:
         layout: Layout,
         path: ForwardPath,
         folder: Path,
+        note: Callable[[str], None],
     ) -> None:
         self.every = every
         self.reference = reference
@@ -45,13 +47,15 @@ class Refresh:
         self.layout = layout
         self.path = path
         self.folder = folder / FOLDER
+        self.note = note
         self.step = 0
 
     def before(self, step: int, batches: Batches) -> None:
         """Let the policy be the reference from here on, if it is time; `step` steps are done."""
         if step > self.step and step % self.every == 0:
             checkpoints.publish(self._adapter(step), lambda unfinished: adapters.save(self.model, unfinished))
-            self._take(step, batches)
+            computed = self._take(step, batches)
+            self.note(f"after step {step} the policy is the reference: {computed} rows read")
 
     def restore(self, step: int, checkpoint: Path, batches: Batches) -> None:
         """The reference of a checkpoint, which was refreshed after `step`."""
@@ -67,16 +71,17 @@ class Refresh:
             if int(folder.name.removeprefix("step-")) < step:
                 shutil.rmtree(folder)
 
-    def _take(self, step: int, batches: Batches) -> None:
+    def _take(self, step: int, batches: Batches) -> int:
         """Compute what is missing for the steps up to the next refresh, and look up there from now on."""
         digest = tensors_digest(*adapters.content(self.model))
         identity = replace(self.reference.identity, adapter=digest)
         until = min((step // self.every + 1) * self.every, len(batches))
         ahead = [example for index in range(step, until) for example in batches.examples(index)]
         reference, rows = self.reference, [*ahead, *self.held_out]
-        fill(reference.store, identity, rows, self.model, self.layout, self.path, top_k=reference.top_k)
+        computed = fill(reference.store, identity, rows, self.model, self.layout, self.path, top_k=reference.top_k)
         reference.identity = identity
         self.step = step
+        return computed
 
     def _adapter(self, step: int) -> Path:
         return self.folder / f"step-{step}"

@@ -3,8 +3,8 @@
 import functools
 import hashlib
 import math
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,7 @@ class Work:
             layout=self.layout,
             path=self.path,
             folder=folder,
+            note=self.progress.note,
         )
 
     def evaluate(self, folder: Path, step: int) -> dict[str, float]:
@@ -135,7 +136,8 @@ def set_up(
     examples = [*needed(recipe, data), *data.held_out] if store else []
     filled = None
     if store and recipe.ref is not None:
-        filled = precompute.by_model(recipe, store, examples, tokenizer, progress.rows, progress.stage)
+        with _kept():
+            filled = precompute.by_model(recipe, store, examples, tokenizer, progress.rows, progress.stage)
     progress.stage(f"loading {recipe.model}")
     machine.make_ready(load.device(recipe))
     model = adapters.attach(load.load_model(recipe), here)
@@ -149,7 +151,8 @@ def set_up(
         install(model, padded=chosen.padded)
     if store and filled is None:
         progress.stage("reading the reference's log-probs")
-        filled = precompute.by_policy(here, store, examples, model, chosen, path, progress.rows)
+        with _kept():
+            filled = precompute.by_policy(here, store, examples, model, chosen, path, progress.rows)
     reference: Reference | None = FromColumns() if recipe.ref_columns else None
     if store and filled:
         progress.note(f"reference: {filled.computed} rows computed, {filled.reused} found in {store.path}")
@@ -157,6 +160,15 @@ def set_up(
     scalars = Scalars.of(recipe, model.device)
     objective = Objective.of(recipe.signature, recipe.hyperparameters, scalars.values)
     return Work(recipe, tokenizer, data, model, chosen, path, objective, scalars, reference, progress)
+
+
+@contextmanager
+def _kept() -> Iterator[None]:
+    """While the reference is read: whoever stops it hears that nothing is lost."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("What was read of the reference is in the cache; the same command goes on.") from None
 
 
 def planned_steps(recipe: Recipe, data: Prepared) -> int:

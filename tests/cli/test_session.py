@@ -58,7 +58,8 @@ def test_json_then_the_same_run_again(run: Path, capsys: pytest.CaptureFixture[s
     assert "held-out rows" in page
     assert "before" in page
     assert str(run / "adapter").replace("\n", "") in page
-    assert f"lite orpo --model bundled --run {run}" in page
+    assert f"lite orpo --recipe {run / 'recipe.yaml'} --run {run}" in page
+    assert f"lite score --run {run} " in page
 
 
 def test_rows_that_cannot_be_read_end_it_before_there_is_a_folder(

@@ -227,7 +227,12 @@ def test_who_stops_early_leaves_nothing_open(judged: Callable[..., Recipe]) -> N
     scores = lite.score(judged(ref=judged().model))
     first = next(iter(scores))
     assert first.place.row == 1
-    assert scores.summary["rows"] == 1
+    assert scores.tally.summary["rows"] == 1
+
+
+def test_the_summary_reads_what_nobody_has_asked_for(judged: Callable[..., Recipe]) -> None:
+    rows = list(lite.score(judged()))
+    assert lite.score(judged()).summary["rows"] == len(rows) > 0
 
 
 def row(number: int, chosen: tuple[float, int], rejected: tuple[float, int], *, ref: tuple = (None, None)) -> ScoredRow:

@@ -14,7 +14,7 @@ from lite.loss.rewards import log_ratio, pair_metrics
 LARGEST_EXPONENT = 80.0  # e^80 is a number in fp32 and in bf16, e^89 is not
 
 
-@loss(learning_rate=1e-5)
+@loss(learning_rate=1e-5, only_when={"f_alpha": ("f_divergence", "alpha"), "temperature": ("variant", "discopop")})
 def dpo(
     chosen: Logps,
     rejected: Logps,

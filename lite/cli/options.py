@@ -91,6 +91,17 @@ def again(recipe: Recipe, keys: Iterable[str]) -> list[str]:
     return said
 
 
+def otherwise(recipe: Recipe, keys: Iterable[str]) -> list[str]:
+    """The arguments for what these keys, and the loss's own settings, have other than their defaults."""
+    changed = [key for key in keys if getattr(recipe, key) != Recipe.model_fields[key].default]
+    said = again(recipe, changed)
+    for name, value in recipe.hyperparameters.items():
+        if value != recipe.signature.hyperparameters[name].default:
+            said += [flag(name) if value is not False else flag(name).replace("--", "--no-", 1)]
+            said += [] if isinstance(value, bool) else [str(value)]
+    return said
+
+
 def flag(key: str) -> str:
     """The flag of a key."""
     return "--" + key.replace("_", "-")

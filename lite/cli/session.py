@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lite.cli import result
+from lite.cli import options, result
 from lite.cli.progress import Shown, shown
 from lite.recipe import BUNDLED, Recipe
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from lite.train import Run
 
 INTERRUPTED = 130
+# What training on must share with a run, beside its model and the loss's own settings; an adapter brings its own.
+SAME = ("loss", "load_in_4bit", "load_in_8bit", "ref", "ref_adapter", "ref_load_in_4bit", "chat_template", "columns")
 
 
 def train(recipe: Recipe, *, as_json: bool) -> int:
@@ -90,12 +92,12 @@ def following(run: "Run") -> list[str]:
     elif recipe.signature.reference:
         judged += " --ref start"
     other = f"    lite what-if {folder}" if run.result["eval_after"] else ""
-    settings = shlex.quote(str(run.folder / "recipe.yaml"))
+    same = shlex.join(["--model", recipe.model, *options.otherwise(recipe, SAME)])
     return [
         f"adapter   {run.adapter}",
         f"judge it  {judged}{other}",
         f'use it    peft.AutoPeftModelForCausalLM.from_pretrained("{run.adapter}")',
-        f"train on  lite {shlex.quote(recipe.method)} --recipe {settings} --run {folder} --data MORE.jsonl",
+        f"train on  lite {shlex.quote(recipe.method)} {same} --run {folder} --data MORE.jsonl",
     ]
 
 

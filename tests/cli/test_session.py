@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from lite import recipe as recipes
-from lite.cli import main
+from lite.cli import main, session
 from lite.cli.training import BUNDLED_RECIPE
+from lite.recipe import Recipe
+from lite.train import Run
 
 MODEL = BUNDLED_RECIPE.parent / "model"
 pytestmark = pytest.mark.skipif(not MODEL.exists(), reason="the bundled model has not been made")
@@ -58,7 +60,7 @@ def test_json_then_the_same_run_again(run: Path, capsys: pytest.CaptureFixture[s
     assert "held-out rows" in page
     assert "before" in page
     assert str(run / "adapter").replace("\n", "") in page
-    assert f"lite orpo --recipe {run / 'recipe.yaml'} --run {run}" in page
+    assert f"lite orpo --model bundled --run {run}" in page
     assert f"lite score --run {run} " in page
 
 
@@ -77,3 +79,14 @@ def test_rows_that_cannot_be_read_end_it_before_there_is_a_folder(
 def test_a_run_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["resume", str(tmp_path / "none")]) == 2
     assert "no run is there" in capsys.readouterr().err
+
+
+def test_what_to_type_next_is_of_this_run(tmp_path: Path) -> None:
+    """Its loss, settings other than defaults, reference; rows are named where the run has none of its own."""
+    settings = {"loss": "dpo:1.0,sft:0.2", "dpo.beta": 0.3, "dpo.length_normalised": True, "data": "my pairs.jsonl"}
+    recipe = Recipe(method="dpo", model="tiny", ref="other", **settings)
+    adapter, judged, _, train_on = session.following(Run(tmp_path, recipe, {"eval_after": {}}))
+    assert adapter.endswith(str(tmp_path / "adapter"))
+    assert judged == f"judge it  lite score --run {tmp_path} --data 'my pairs.jsonl' --ref other"
+    same = "--model tiny --loss dpo:1.0,sft:0.2 --ref other --dpo.beta 0.3 --dpo.length-normalised"
+    assert train_on == f"train on  lite dpo {same} --run {tmp_path} --data MORE.jsonl"

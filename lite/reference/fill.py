@@ -22,7 +22,7 @@ from lite.reference.store import Row, Store, TopRow
 from lite.reference.weights import Identity, completion_key
 
 COMMIT_EVERY_S = 2.0
-READ_AT_ONCE = 4096  # rows
+READ_AT_ONCE, TOPS_AT_ONCE = 4096, 64  # rows
 
 
 def keys_of(example: TokenExample) -> tuple[bytes, ...]:
@@ -36,13 +36,21 @@ def missing(
     """The examples, each once, of which the cache lacks anything; top_k: words wanted of the first completion."""
     keys = {keys_of(example): example for example in examples}
     wanted = list({key for of_one in keys for key in of_one})
-    lacking = set(wanted)
-    for start in range(0, len(wanted), READ_AT_ONCE):
-        # Read, not only looked for: a row whose checksum fails is found now, and not in the midst of the training.
-        lacking.difference_update(store.get(identity, wanted[start : start + READ_AT_ONCE]))
+    lacking = store.missing(identity, wanted)
+    # Read, not only looked for: a row whose checksum fails is found now, and not in the midst of the training.
+    for some in _parts([key for key in wanted if key not in lacking], READ_AT_ONCE):
+        lacking.update(set(some) - store.get(identity, some).keys())
     if top_k:
-        lacking |= store.missing_top(identity, top_k, [of_one[0] for of_one in keys])
+        firsts = list({of_one[0] for of_one in keys})
+        without = store.missing_top(identity, top_k, firsts)
+        for some in _parts([key for key in firsts if key not in without], TOPS_AT_ONCE):
+            without.update(set(some) - store.get_top(identity, top_k, some).keys())
+        lacking |= without
     return [example for of_one, example in keys.items() if not lacking.isdisjoint(of_one)]
+
+
+def _parts(keys: list[bytes], size: int) -> Iterator[list[bytes]]:
+    return (keys[start : start + size] for start in range(0, len(keys), size))
 
 
 def groups(examples: Sequence[TokenExample], layout: Layout) -> Iterator[list[TokenExample]]:

@@ -20,7 +20,21 @@ LITE = ROOT / "lite"
 FILES = sorted(path for path in LITE.rglob("*.py") if "__pycache__" not in path.parts)
 # Reading order: a file imports from its own room and from those before it. The bundled example imports nothing of lite.
 ROOMS = ["bundled", "errors", "spellings", "flat_yaml", "hyperparameters", "signatures", "misfits", "recipe"]
-ROOMS += ["loss", "data", "model", "memory", "engine", "reference", "train", "judge", "cli"]
+ROOMS += [
+    "device",
+    "loss",
+    "data",
+    "model",
+    "memory",
+    "engine",
+    "reference",
+    "plan",
+    "train",
+    "profile",
+    "judge",
+    "report",
+]
+ROOMS += ["cli"]
 # Third-party packages by the first room that may have them; `cli` adds its own and takes none of the machine's.
 MATHEMATICS = {"torch"}
 DATA = MATHEMATICS | {"transformers", "tokenizers", "jinja2", "pyarrow"}
@@ -33,14 +47,18 @@ PACKAGES = {
     "signatures": set(),
     "misfits": {"pydantic"},
     "recipe": {"pydantic", "yaml"},
+    "device": MATHEMATICS,
     "loss": MATHEMATICS | {"liger_kernel", "triton"},
     "data": DATA,
     "model": MACHINE | {"flash_attn"},
     "memory": MACHINE,
     "engine": MACHINE,
     "reference": MACHINE | {"xxhash"},
+    "plan": MACHINE,
     "train": MACHINE,
+    "profile": MACHINE,
     "judge": MACHINE,
+    "report": {"matplotlib"},
     "cli": {"typer", "rich"},
     "bundled": MACHINE,  # make.py trains the tiny model
     "__init__": set(),

@@ -121,7 +121,8 @@ def lite(work: Path, options: Found, method: str) -> Found:
         method=method, model=str(work / "model"), data=str(work / "rows.jsonl"), eval_data=str(work / "held_out.jsonl"),
         chat_template="none", dtype=options["dtype"], device="cpu", batch_size=options["rows"],
         max_steps=options["steps"], learning_rate=LEARNING_RATE, max_length=8192, samples=0, save_steps=10**6,
-        gradient_checkpointing=options["gradient_checkpointing"], output_dir=str(work / f"run-{os.getpid()}"),
+        recompute_layers=10_000 if options["gradient_checkpointing"] else 0,
+        output_dir=str(work / f"run-{os.getpid()}"),
         **adapter, **of_method,
     )  # fmt: skip
     clock = Clock()

@@ -35,8 +35,7 @@ def floor(recipe: Recipe) -> dict[str, Any]:
     """Median seconds of the products and attentions of one step alone, and of whole steps taken in turn with them."""
     model = adapters.attach(load.load_model(recipe), recipe).train()
     install(model)
-    if recipe.gradient_checkpointing:
-        checkpoint_layers(model)
+    checkpoint_layers(model, recipe.recompute_layers)
     examples = prepare(recipe, load.load_tokenizer(recipe)).train[: recipe.batch_size]
     batch = _laid_out(recipe, examples, model)
     objective = Objective.of(recipe.signature, recipe.hyperparameters)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from pydantic.fields import FieldInfo
 
-from lite import signatures, spellings
+from lite import signatures, sizes, spellings
 from lite.errors import RecipeError
 
 
@@ -26,6 +26,7 @@ def misfits(values: Mapping[str, Any], fields: Mapping[str, FieldInfo]) -> list[
     if values.get("lr_scheduler_type") == "constant" and values.get("warmup_ratio"):
         text = f" = {values['warmup_ratio']!r}: the constant schedule has no warm-up. Take constant_with_warmup."
         found.append(Problem("warmup_ratio", text))
+    found += _of_memory(values)
     if values.get("ref") is None:
         for key in ("ref_adapter", "ref_load_in_4bit"):
             if values.get(key):
@@ -57,6 +58,31 @@ def misfits(values: Mapping[str, Any], fields: Mapping[str, FieldInfo]) -> list[
             text = f" = {values[key]!r} counts only with {other} = {value}. Set that, or leave it out."
             found.append(Problem(key, text))
     return sorted(found)
+
+
+# Levers that only recomputed layers have, and what each of them needs.
+OF_RECOMPUTED = {
+    "keep_attention": "keeps what attention gave for the layer's second forward",
+    "offload_checkpoints": "moves the inputs of recomputed layers",
+    "layers_on_host": "takes a layer's weights away before its backward",
+}
+
+
+def _of_memory(values: Mapping[str, Any]) -> list[Problem]:
+    """A card that is no size, and levers without the recomputed layers that they work on."""
+    found = []
+    vram, recomputed, on_host = (values.get(key) for key in ("vram", "recompute_layers", "layers_on_host"))
+    if isinstance(vram, str) and sizes.size_bytes(vram) is None:
+        found.append(Problem("vram", f" = {vram!r}: expected {sizes.EXPECTED}."))
+    if recomputed == 0:
+        for key, why in OF_RECOMPUTED.items():
+            if values.get(key):
+                text = f" = {values[key]!r} beside recompute_layers = 0: it {why}. Leave one of them out."
+                found.append(Problem(key, text))
+    elif isinstance(recomputed, int) and isinstance(on_host, int) and on_host > recomputed:
+        text = f" = {on_host} beside recompute_layers = {recomputed}: a layer on the host must be recomputed."
+        found.append(Problem("layers_on_host", text))
+    return found
 
 
 def _of_reference(

@@ -143,15 +143,36 @@ class Recipe(BaseModel):
         42, "Of the order of the rows, the adapter's start and dropout.", panel="Training", ge=0, lt=2**32
     )
 
-    gradient_checkpointing: bool = setting(
-        True, "Keep each layer's input only and compute the layer again in backward.", panel="Memory"
+    vram: str | None = setting(
+        None,
+        "Memory of the card, such as 24GB: the plan stays within it; without it that of this machine.",
+        panel="Memory",
     )
-    tokens_per_pack: int = setting(
-        8192, "Most tokens of one forward; a longer example is alone.", panel="Memory", unit="tokens", ge=8
+    force: bool = setting(False, "Train though the plan says that it does not fit.", panel="Memory")
+    tokens_per_pack: int | None = setting(
+        None, "Most tokens of one forward; a longer example is alone.", panel="Memory", unit="tokens", ge=8
     )
-    chunk_tokens: int = setting(512, "Scored tokens whose logits exist at once.", panel="Memory", unit="tokens", ge=1)
-    split_pairs: bool = setting(
-        False, "A pair over tokens_per_pack is computed one completion at a time, exactly.", panel="Memory"
+    split_pairs: bool | None = setting(
+        None, "A pair over tokens_per_pack is computed one completion at a time, exactly.", panel="Memory"
+    )
+    chunk_tokens: int | None = setting(
+        None, "Scored tokens whose logits exist at once.", panel="Memory", unit="tokens", ge=1
+    )
+    recompute_layers: int | None = setting(
+        None, "So many layers keep their input only and are computed again in backward.", panel="Memory", ge=0
+    )
+    keep_attention: bool | None = setting(
+        None, "Recomputed layers keep what attention gave, which is then not computed again.", panel="Memory"
+    )
+    offload_checkpoints: bool | None = setting(
+        None, "The inputs of recomputed layers wait in host memory.", panel="Memory"
+    )
+    embedding_on_host: bool | None = setting(None, "The input embedding lies in host memory.", panel="Memory")
+    mlp_tile_tokens: int | None = setting(
+        None, "The MLP of a layer takes so many tokens at a time; 0: all.", panel="Memory", unit="tokens", ge=0
+    )
+    layers_on_host: int | None = setting(
+        None, "So many frozen layers lie in host memory and visit the card in turn.", panel="Memory", ge=0
     )
 
     output_dir: str | None = setting(None, "The run folder; without it runs/METHOD-MODEL-TIME.", panel="Run")

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 LITE = ROOT / "lite"
 FILES = sorted(path for path in LITE.rglob("*.py") if "__pycache__" not in path.parts)
 # Reading order: a file imports from its own room and from those before it. The bundled example imports nothing of lite.
-ROOMS = ["bundled", "errors", "spellings", "flat_yaml", "hyperparameters", "signatures", "misfits", "recipe"]
+ROOMS = ["bundled", "errors", "spellings", "flat_yaml", "sizes", "hyperparameters", "signatures", "misfits", "recipe"]
 ROOMS += [
     "device",
     "loss",
@@ -43,6 +43,7 @@ PACKAGES = {
     "errors": set(),
     "spellings": set(),
     "flat_yaml": {"yaml"},
+    "sizes": set(),
     "hyperparameters": set(),
     "signatures": set(),
     "misfits": {"pydantic"},

@@ -14,9 +14,9 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
 from lite.cli.console import console
+from lite.sizes import GIB
 
 LINE_EVERY_S = 5.0  # where there is no bar
-GIB = 2**30
 STOPPING = "stopping at the end of this step; the same again stops at once"
 # What is said of a step, of those metrics that its loss has: key, form.
 FIGURES = (

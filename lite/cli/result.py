@@ -9,7 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from lite.cli.console import console
-from lite.cli.progress import GIB, duration
+from lite.cli.progress import duration
+from lite.sizes import GIB
 
 SHOWN_CHARACTERS = 400  # of a sample; samples.json has all of it
 # What is compared: key, name, form.

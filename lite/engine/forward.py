@@ -16,16 +16,16 @@ from lite.loss.soft import soft_logps
 from lite.model import rotary
 from lite.model.branches import BranchTable, Implementation
 from lite.model.head import backbone, head_of
-from lite.recipe import Recipe
 
 Model = PreTrainedModel | PeftModel
+CHUNK_TOKENS = 512  # of the head, where nothing else is said
 
 
 @dataclass(frozen=True)
 class Path:
     """How packs are computed: settings that change time and memory, never the numbers."""
 
-    chunk_tokens: int = Recipe.model_fields["chunk_tokens"].default
+    chunk_tokens: int = CHUNK_TOKENS
     attention: Implementation = "auto"
 
 

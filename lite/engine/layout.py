@@ -1,10 +1,13 @@
 """The layout that a recipe, its loss and the model ask for."""
 
 from lite.data.packs import EXPECTED, Layout
-from lite.engine.forward import Model, Path
+from lite.engine.forward import CHUNK_TOKENS, Model, Path
 from lite.model.head import unwrapped
 from lite.model.rotary import regimes
 from lite.recipe import Recipe
+
+# Of passes without gradient, where no plan has settled them.
+TOKENS_PER_PACK = 8192
 
 
 def layout_of(recipe: Recipe, model: Model) -> Layout:
@@ -13,9 +16,9 @@ def layout_of(recipe: Recipe, model: Model) -> Layout:
     return Layout(
         completions=signature.completions,
         scores=_scores(recipe),
-        tokens_per_pack=recipe.tokens_per_pack,
+        tokens_per_pack=recipe.tokens_per_pack or TOKENS_PER_PACK,
         padded=recipe.attn_implementation == "padded",
-        split_pairs=recipe.split_pairs,
+        split_pairs=bool(recipe.split_pairs),
         rotary_bound=rotary.bound,
         rotary_grows=rotary.grows,
     )
@@ -24,7 +27,7 @@ def layout_of(recipe: Recipe, model: Model) -> Layout:
 def path_of(recipe: Recipe) -> Path:
     """How packs are computed in this run."""
     attention = "auto" if recipe.attn_implementation == "padded" else recipe.attn_implementation
-    return Path(recipe.chunk_tokens, attention)
+    return Path(recipe.chunk_tokens or CHUNK_TOKENS, attention)
 
 
 def _scores(recipe: Recipe) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lite.data.examples import TokenExample
+from lite.engine.layout import TOKENS_PER_PACK
 from lite.judge import compared, rows
 from lite.judge.model import Judge, Names, by_names, loaded
 from lite.judge.rows import Row
@@ -79,7 +80,7 @@ def _scored(subject: Subject, tally: Tally, progress: Progress) -> Iterator[Scor
             reference = compared.read_beneath(subject, store, found.tokens, judge, progress)
         progress.stage(f"scoring {len(found.tokens)} rows")
         tally.begin()
-        for window in _windows(found.rows, WINDOW_PACKS * recipe.tokens_per_pack):
+        for window in _windows(found.rows, WINDOW_PACKS * (recipe.tokens_per_pack or TOKENS_PER_PACK)):
             yield from _of_window(window, judge, reference, subject.beta)
             progress.rows(tally.rows, len(found.rows))
 

@@ -29,10 +29,9 @@ from lite.model import catalog, int8
 from lite.model.layers import decoder_layers
 from lite.model.norms import replace_norms
 from lite.recipe import Recipe
+from lite.sizes import in_gib
 
 log = logging.getLogger(__name__)
-
-GIB = 2**30
 
 
 def device(recipe: Recipe) -> torch.device:
@@ -140,11 +139,6 @@ def weight_bytes(model: nn.Module) -> int:
     for tensor in [*model.parameters(), *model.buffers(), *_scales(model)]:
         found[tensor.untyped_storage().data_ptr() or id(tensor)] = tensor.nbytes
     return sum(found.values())
-
-
-def in_gib(size_bytes: float) -> str:
-    """A size for people: `9.1 GiB`, below 0.1 GiB in MiB."""
-    return f"{size_bytes / GIB:.1f} GiB" if size_bytes >= 0.1 * GIB else f"{size_bytes / 2**20:.1f} MiB"
 
 
 def _scales(model: nn.Module) -> Iterator[torch.Tensor]:

@@ -26,15 +26,15 @@ from lite.data.packs import Batch
 from lite.engine import step
 from lite.engine.forward import Path as ForwardPath
 from lite.engine.objective import Objective
+from lite.engine.optimizer import optimizer
+from lite.engine.scalars import Scalars
 from lite.model import adapters
 from lite.recipe import Recipe
 from lite.train import checkpoints, failures, machine, metrics, trackers
 from lite.train.batches import Batches
 from lite.train.interrupt import Request
-from lite.train.optimizer import optimizer
 from lite.train.progress import Progress
 from lite.train.refresh import Refresh
-from lite.train.scalars import Scalars
 from lite.train.schedule import schedule
 
 STATE = "lite.json"  # in a checkpoint: what lite adds to Trainer's own state

@@ -22,6 +22,8 @@ from lite.data.prepare import Prepared, prepare
 from lite.engine import layout, score, selfcheck
 from lite.engine.forward import Path as ForwardPath
 from lite.engine.objective import Objective
+from lite.engine.optimizer import require as require_optimizer
+from lite.engine.scalars import Scalars
 from lite.memory.checkpoint import checkpoint_layers
 from lite.model import adapters, load
 from lite.model.attention import install
@@ -30,11 +32,10 @@ from lite.recipe import Recipe
 from lite.reference import precompute
 from lite.reference.lookup import Cached, FromColumns
 from lite.reference.store import Store
-from lite.train import judged, machine, optimizer, trackers
+from lite.train import judged, machine, trackers
 from lite.train.batches import Batches
 from lite.train.progress import Progress
 from lite.train.refresh import Refresh
-from lite.train.scalars import Scalars
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def read(recipe: Recipe, progress: Progress) -> tuple[PreTrainedTokenizerBase, P
     """The data, as token ids; nothing heavy yet."""
     machine.require_one_process()
     trackers.require(recipe)
-    optimizer.require(recipe, load.device(recipe))
+    require_optimizer(recipe, load.device(recipe))
     progress.stage("reading the data" + (" from stdin" if "-" in (recipe.data, recipe.eval_data) else ""))
     tokenizer = load.load_tokenizer(recipe)
     data = prepare(recipe, tokenizer)
@@ -141,8 +142,7 @@ def set_up(
     progress.stage(f"loading {recipe.model}")
     machine.make_ready(load.device(recipe))
     model = adapters.attach(load.load_model(recipe), here)
-    if recipe.gradient_checkpointing:
-        checkpoint_layers(model)
+    checkpoint_layers(model, recipe.recompute_layers)
     path, chosen = layout.path_of(recipe), layout.layout_of(recipe, model)
     if recipe.self_check:
         progress.stage("comparing with the plain model")

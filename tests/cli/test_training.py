@@ -17,10 +17,10 @@ def composed(method: str, line: str) -> Recipe:
 
 def test_flags_override_the_file_which_overrides_defaults(tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
-    file.write_text("method: orpo\nlora_r: 8\nlearning_rate: 1e-5\nbeta: 0.3\ngradient_checkpointing: false\n")
+    file.write_text("method: orpo\nlora_r: 8\nlearning_rate: 1e-5\nbeta: 0.3\nsplit_pairs: false\n")
     recipe = composed("orpo", f"--recipe {file} --lora-r 4")
     assert (recipe.lora_r, recipe.learning_rate, recipe.hyperparameters["beta"]) == (4, 1e-5, 0.3)
-    assert recipe.gradient_checkpointing is False
+    assert recipe.split_pairs is False
     assert recipe.batch_size == Recipe().batch_size
 
 
@@ -49,7 +49,7 @@ def test_a_flag_at_its_default_still_overrides_the_file(tmp_path: Path) -> None:
         ("--max-steps=3", "max_steps", 3),
         ("--data -", "data", "-"),
         ("--columns prompt=question,chosen=good", "columns", {"prompt": "question", "chosen": "good"}),
-        ("--no-gradient-checkpointing", "gradient_checkpointing", False),
+        ("--no-offload-checkpoints", "offload_checkpoints", False),
         ("--dtype float32", "dtype", "float32"),
         ("--nll-over sequence", "nll_over", "sequence"),
         ("--model 7", "model", "7"),

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import lite
+from lite.engine.optimizer import optimizer
+from lite.engine.scalars import Scalars
 from lite.errors import RecipeError
 from lite.recipe import Recipe
-from lite.train.optimizer import optimizer
-from lite.train.scalars import Scalars
 
 
 def test_a_step_moves_them_and_their_bounds_hold_them() -> None:

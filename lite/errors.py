@@ -6,6 +6,7 @@ LiteError                 base of all; the command line prints it without a trac
 ├── ModelError            a model cannot be loaded, quantised or adapted as asked
 ├── RunError              a run folder cannot be written, resumed or read
 ├── CacheError            the folder of the reference's log-probs cannot be written or read
+├── ReportError           a plot cannot be drawn
 └── ExportError           a trained model cannot be written in the asked form
 
 Every message says what happened (with the value and the place), what was expected, and what to do. A stage
@@ -39,6 +40,10 @@ class RunError(LiteError):
 
 class CacheError(LiteError):
     """The folder of the reference's log-probs cannot be written or read."""
+
+
+class ReportError(LiteError):
+    """A plot cannot be drawn."""
 
 
 class ExportError(LiteError):

@@ -10,15 +10,18 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lite.errors import ModelError
+from lite.model import kept
 from lite.model.head import unwrapped
 from lite.model.layers import decoder_layers
 
 
-def checkpoint_layers(model: nn.Module, count: int | None = None) -> int:
+def checkpoint_layers(model: nn.Module, count: int | None = None, *, keep_attention: bool = False) -> int:
     """Recompute the first `count` decoder layers in backward, all of them if None; returns how many those are.
 
     The first rather than the last, for the kept ones are then freed before the first recompute. Gradients stay the
     same: dropout is replayed from the kept generator state. Works in training mode only, as transformers' layers do.
+    keep_attention: keep what attention gave, (T, heads · head_dim) and row sums of each layer, and do not run it again;
+    which kernels can do so is `lite.model.attention.can_keep`, and the others then raise ModelError in the forward.
     Raises ValueError if count is negative, ModelError where the layers cannot recompute.
     """
     if count is not None and count < 0:
@@ -31,6 +34,8 @@ def checkpoint_layers(model: nn.Module, count: int | None = None) -> int:
         )
     # Not kept where nothing is random: on CUDA, saving the state waits for the device at every layer.
     again = partial(checkpoint, use_reentrant=False, preserve_rng_state=draws_random(model))
+    if keep_attention:
+        again = partial(again, context_fn=kept.contexts)
     recomputed = len(layers) if count is None else min(count, len(layers))
     for index, layer in enumerate(layers):
         layer.gradient_checkpointing = index < recomputed

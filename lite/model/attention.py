@@ -6,7 +6,6 @@ Which queries see which keys is `branches.py`; here are the kernels that compute
 """
 
 import functools
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,8 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from lite.device import kind
 from lite.errors import ModelError
+from lite.model import kept
 from lite.model.attention_cpu import branch_sdpa
+from lite.model.attention_varlen import branch_varlen, flash_inputs, operators_known, window_size
 from lite.model.branches import BranchTable, Implementation
 
 NAME = "lite_branches"
@@ -79,14 +81,32 @@ def branch_attention(
             f"{type(module).__name__} asks its attention for {', '.join(unknown) or 'a mask or dropout'}, which packs "
             "do not have. Use attn_implementation: padded."
         )
-    attend = _choose(branch_table.implementation, query, softcap)
+    implementation = _choose(branch_table.implementation, query, softcap)
+    if kept.asked() and not can_keep(implementation, kind(query)):
+        raise ModelError(
+            f"The results of attention cannot be kept for recomputed layers with attn_implementation = "
+            f"{implementation} on {kind(query)}, which is what this model and device take. Recompute layers whole."
+        )
+    attend = {"varlen": _varlen, "flash": _flash, "sdpa": _sdpa, "eager": _eager}[implementation]
     return attend(query, key, value, branch_table, scaling, sliding_window, softcap), None
 
 
-def _choose(implementation: Implementation, query: Tensor, softcap: float | None) -> Callable[..., Tensor]:
+def can_keep(implementation: str, device_type: str) -> bool:
+    """Whether attention can leave its results to the recomputation of its layer (`checkpoint_layers`).
+
+    Those of torch's own variable-length kernel and of the CPU's can; the flash-attn package's and the plain twin's, and
+    padded batches, which run transformers' attention, cannot. `auto` can unless the model caps its scores, or on CUDA
+    computes in fp32: then attention raises ModelError when it is asked to.
+    """
+    if implementation == "sdpa":
+        return device_type != "cuda"
+    return implementation == "auto" or (implementation == "varlen" and operators_known())
+
+
+def _choose(implementation: Implementation, query: Tensor, softcap: float | None) -> Implementation:
     """The kernel for this call. `auto` takes the fastest that honours it; one named by the user must."""
     width = query.shape[-1]
-    half = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and width <= 256 and width % 8 == 0
+    half = kind(query) == "cuda" and query.dtype in (torch.bfloat16, torch.float16) and width <= 256 and width % 8 == 0
     if implementation == "auto":
         implementation = ("varlen" if half else "sdpa") if softcap is None else "eager"
         if half and softcap is not None and _flash_attn() is not None:
@@ -94,13 +114,13 @@ def _choose(implementation: Implementation, query: Tensor, softcap: float | None
     if implementation in ("varlen", "flash") and not half:
         raise ModelError(
             f"attn_implementation = {implementation}: needs CUDA, bfloat16 and heads of a multiple of 8 up to 256, but "
-            f"got {query.dtype} on {query.device} with heads of {width}. Use auto, sdpa or eager."
+            f"got {query.dtype} on {kind(query)} with heads of {width}. Use auto, sdpa or eager."
         )
     if softcap is not None and implementation in ("varlen", "sdpa"):
         raise ModelError(
             f"attn_implementation = {implementation}: has no cap on scores ({softcap}). Use auto or eager."
         )
-    return {"varlen": _varlen, "flash": _flash, "sdpa": _sdpa, "eager": _eager}[implementation]
+    return implementation
 
 
 def _gather(tensor: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
@@ -133,7 +153,7 @@ def _sdpa(
     query: Tensor, key: Tensor, value: Tensor, table: BranchTable, scaling: float | None, window: int | None, cap: None
 ) -> Tensor:
     """torch's scaled-dot-product attention, one call for each run of queries."""
-    if query.device.type != "cuda":
+    if kind(query) != "cuda":
         return branch_sdpa(query, key, value, table, scaling, window)
     return _sdpa_of_segments(query, key, value, table, scaling, window, cap)
 
@@ -165,13 +185,8 @@ def _eager(
 def _varlen(
     query: Tensor, key: Tensor, value: Tensor, table: BranchTable, scaling: float | None, window: int | None, cap: None
 ) -> Tensor:
-    """Flash attention as torch brings it, one call for all branches; its causal mask is aligned to the last key."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    # torch 2.11 takes grouped heads as they come; later versions have to be told.
-    grouped = {"enable_gqa": True} if _takes(varlen_attn, "enable_gqa") else {}
-    runs = _runs(query, key, value, table)
-    return varlen_attn(*runs, scale=scaling, window_size=_window_size(window), **grouped)[None]
+    """Flash attention as torch brings it, one call for all branches."""
+    return branch_varlen(query, key, value, table, scaling, window)
 
 
 def _flash(
@@ -187,27 +202,8 @@ def _flash(
     flash = _flash_attn()
     if flash is None:
         raise ModelError("attn_implementation = flash: the package is missing. pip install flash-attn, or use auto.")
-    runs = _runs(query, key, value, table)
-    size = _window_size(window)
-    return flash(*runs, softmax_scale=scaling, causal=True, window_size=size, softcap=cap or 0.0)[None]
-
-
-def _runs(query: Tensor, key: Tensor, value: Tensor, table: BranchTable) -> tuple[Tensor | int, ...]:
-    """What variable-length flash kernels begin with: q, k, v (tokens, heads, head_dim), cumulative and longest runs."""
-    cumulative_q, cumulative_k, gather, longest_q, longest_k = table.varlen()
-    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
-    if gather is not None:
-        k, v = k[gather], v[gather]
-    return q, k, v, cumulative_q, cumulative_k, longest_q, longest_k
-
-
-def _window_size(window: int | None) -> tuple[int, int]:
-    return (-1 if window is None else window - 1, 0)
-
-
-@functools.cache
-def _takes(function: Callable[..., Tensor], keyword: str) -> bool:
-    return keyword in inspect.signature(function).parameters
+    inputs, size = flash_inputs(query, key, value, table), window_size(window)
+    return flash(*inputs, softmax_scale=scaling, causal=True, window_size=size, softcap=cap or 0.0)[None]
 
 
 @functools.cache

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lite.model import kept
 from lite.model.branches import BranchTable, Segment
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -39,17 +40,7 @@ class _BranchSdpa(torch.autograd.Function):
         scaling: float | None,
         window: int | None,
     ) -> Tensor:
-        _, heads, tokens, width = query.shape
-        kv_heads = key.shape[1]
-        result = query.new_empty(1, tokens, heads, width)
-        folded = _fold(result.transpose(1, 2), kv_heads)
-        sums = []
-        for segment in table.segments:
-            q, k, v = _inputs(query, key, value, segment)
-            causal, mask = _mask(table, segment, window, query.dtype)
-            out, log_sum = _forward(q, k, v, 0.0, causal, attn_mask=mask, scale=scaling)
-            folded[:, :, segment.start : segment.end] = out
-            sums.append(log_sum)
+        result, *sums = kept.once(lambda: _attend(query, key, value, table, scaling, window))
         ctx.save_for_backward(query, key, value, result, *sums)
         ctx.how = table, scaling, window
         return result
@@ -75,6 +66,23 @@ class _BranchSdpa(torch.autograd.Function):
             for total, part in ((d_key, dk), (d_value, dv)):
                 _scatter(total, part.sum(1) if part.shape[1] > 1 else part[:, 0], segment)
         return d_query, d_key, d_value, None, None, None
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, table: BranchTable, scaling: float | None, window: int | None
+) -> tuple[Tensor, ...]:
+    """The result (1, T, heads, head_dim), and the row sums of each run of queries."""
+    _, heads, tokens, width = query.shape
+    result = query.new_empty(1, tokens, heads, width)
+    folded = _fold(result.transpose(1, 2), key.shape[1])
+    sums = []
+    for segment in table.segments:
+        q, k, v = _inputs(query, key, value, segment)
+        causal, mask = _mask(table, segment, window, query.dtype)
+        out, log_sum = _forward(q, k, v, 0.0, causal, attn_mask=mask, scale=scaling)
+        folded[:, :, segment.start : segment.end] = out
+        sums.append(log_sum)
+    return result, *sums
 
 
 def _fold(tensor: Tensor, kv_heads: int) -> Tensor:

@@ -30,6 +30,42 @@ class Segment(NamedTuple):
         return sum(end - start for start, end in self.spans)
 
 
+class Runs(NamedTuple):
+    """Segments as variable-length kernels take them: S runs of queries, with K gathered keys in all for T tokens."""
+
+    queries: Tensor  # (S + 1,) int32, cumulative
+    keys: Tensor  # (S + 1,) int32, cumulative
+    longest_queries: int
+    longest_keys: int
+    gather: Tensor | None  # (K,) int64: the token of each key; None if they are all tokens in order
+    own: Tensor | None = None  # (T,) int64: of each token its key in its own run; the others are copies
+    # (tokens, their keys), int64: of the tokens that have one a copy, then of those that have two the second, …
+    copies: tuple[tuple[Tensor, Tensor], ...] = ()
+
+    @classmethod
+    def of(cls, segments: Sequence[Segment], device: torch.device) -> "Runs":
+        """The runs of a table's segments, found on the CPU and sent to `device` in two pieces."""
+        lengths = torch.tensor([[0, *(s.end - s.start for s in segments)], [0, *(s.keys for s in segments)]])
+        longest = lengths.amax(1).tolist()
+        ends = lengths.cumsum(1)
+        queries, keys = ends.to(torch.int32).to(device, non_blocking=True)
+        if torch.equal(*lengths):
+            return cls(queries, keys, *longest, None)
+        gather = torch.cat([torch.arange(*span) for s in segments for span in s.spans])
+        # A segment's own run is the last of its spans.
+        starts = (ends[1] - lengths[0])[1:].tolist()
+        bounds = list(zip(ends[1, :-1].tolist(), starts, ends[1, 1:].tolist(), strict=True))
+        copied = torch.cat([torch.arange(first, start) for first, start, _ in bounds])
+        own = torch.cat([torch.arange(start, end) for _, start, end in bounds])
+        copied = copied[gather[copied].argsort(stable=True)]
+        tokens = gather[copied]
+        rank = torch.arange(len(tokens)) - torch.searchsorted(tokens, tokens)
+        rounds = [part for r in range(int(rank.max()) + 1) for part in (tokens[rank == r], copied[rank == r])]
+        pieces = [gather, own, *rounds]
+        gather, own, *rounds = torch.cat(pieces).to(device, non_blocking=True).split([len(piece) for piece in pieces])
+        return cls(queries, keys, *longest, gather, own, tuple(zip(rounds[::2], rounds[1::2], strict=True)))
+
+
 @dataclass
 class BranchTable:
     """The branches of one pack as the kernels want them, made once for all layers."""
@@ -38,27 +74,18 @@ class BranchTable:
     implementation: Implementation
     device: torch.device
     masks: dict[tuple[int, int, int, torch.dtype], Tensor] = field(default_factory=dict)
-    _varlen: tuple[Tensor, Tensor, Tensor | None, int, int] | None = None
+    _runs: Runs | None = None
 
     @classmethod
     def of(cls, branches: Sequence[Branch], implementation: Implementation, device: torch.device) -> "BranchTable":
         """The table of a pack's branches."""
         return cls(tuple(segments(branches)), implementation, device)
 
-    def varlen(self) -> tuple[Tensor, Tensor, Tensor | None, int, int]:
-        """(cumulative queries, cumulative keys, tokens to gather as keys or None for all in order, longest of each)."""
-        if self._varlen is None:
-            queries = torch.tensor([0, *(s.end - s.start for s in self.segments)]).cumsum(0)
-            keys = torch.tensor([0, *(s.keys for s in self.segments)]).cumsum(0)
-            spans = [span for s in self.segments for span in s.spans]
-            gather = torch.cat([torch.arange(*span) for span in spans])
-            if torch.equal(queries, keys):
-                gather = None
-            longest = int(queries.diff().max()), int(keys.diff().max())
-            to = {"device": self.device, "non_blocking": True}
-            cumulative = queries.to(torch.int32).to(**to), keys.to(torch.int32).to(**to)
-            self._varlen = *cumulative, None if gather is None else gather.to(**to), *longest
-        return self._varlen
+    def runs(self) -> Runs:
+        """What variable-length kernels are told."""
+        if self._runs is None:
+            self._runs = Runs.of(self.segments, self.device)
+        return self._runs
 
     def mask(self, queries: int, keys: int, window: int | None, dtype: torch.dtype) -> Tensor:
         """(queries, keys), 0 where the last `queries` of `keys` positions see a key and −inf elsewhere."""

@@ -10,18 +10,22 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lite.errors import ModelError
+from lite.memory.offload import Offload
 from lite.model import kept
 from lite.model.head import unwrapped
 from lite.model.layers import decoder_layers
 
 
-def checkpoint_layers(model: nn.Module, count: int | None = None, *, keep_attention: bool = False) -> int:
+def checkpoint_layers(
+    model: nn.Module, count: int | None = None, *, keep_attention: bool = False, offload: bool = False
+) -> int:
     """Recompute the first `count` decoder layers in backward, all of them if None; returns how many those are.
 
     The first rather than the last, for the kept ones are then freed before the first recompute. Gradients stay the
     same: dropout is replayed from the kept generator state. Works in training mode only, as transformers' layers do.
     keep_attention: keep what attention gave, (T, heads · head_dim) and row sums of each layer, and do not run it again;
     which kernels can do so is `lite.model.attention.can_keep`, and the others then raise ModelError in the forward.
+    offload: the inputs that these layers keep, (B, T, D) each, wait for backward in host memory (offload.py).
     Raises ValueError if count is negative, ModelError where the layers cannot recompute.
     """
     if count is not None and count < 0:
@@ -37,9 +41,10 @@ def checkpoint_layers(model: nn.Module, count: int | None = None, *, keep_attent
     if keep_attention:
         again = partial(again, context_fn=kept.contexts)
     recomputed = len(layers) if count is None else min(count, len(layers))
+    away = Offload() if offload else None
     for index, layer in enumerate(layers):
         layer.gradient_checkpointing = index < recomputed
-        layer._gradient_checkpointing_func = again
+        layer._gradient_checkpointing_func = again if away is None else partial(away.run, index, again)
     return recomputed
 
 

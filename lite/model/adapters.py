@@ -20,6 +20,7 @@ from lite.errors import ModelError, raise_collected
 from lite.model import lora
 from lite.model.head import unwrapped
 from lite.model.layers import decoder_layers
+from lite.model.mlp import replace_mlps
 from lite.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ def attach(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
     advice = "Train with --dtype float32, or go on from an adapter without modules_to_save."
     raise_collected(ModelError, f"{folder}: weights that cannot be trained in so few bits:", rounded, advice)
     lora.replace_forward(adapted)
+    replace_mlps(adapted)
     if folder is not None:
         load(adapted, folder)
         log.info("goes on from the adapter in %s", folder)

@@ -6,13 +6,11 @@ Here the weight is dequantised for each product, as NF4's is: the same numbers i
 """
 
 from types import MethodType
-from typing import Any
 
-import torch
-import torch.nn.functional as F
 from bitsandbytes.nn import Linear8bitLt
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+
+from lite.model.frozen import Product
 
 
 def replace_forward(model: nn.Module) -> int:
@@ -25,26 +23,4 @@ def replace_forward(model: nn.Module) -> int:
 
 def forward(layer: Linear8bitLt, x: Tensor) -> Tensor:
     """x · (scale/127 · W)ᵀ + bias in x's dtype; x (…, in), W (out, in) int8, scale (out,) fp32. Keeps nothing of x."""
-    scale = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
-    result = _Product.apply(x, layer.weight.detach(), scale)
-    return result if layer.bias is None else result + layer.bias.to(result.dtype)
-
-
-class _Product(torch.autograd.Function):
-    """A product with a frozen weight, which is dequantised once forward and once backward and kept by neither."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward(weight, scale)
-        return F.linear(x, _dequantised(weight, scale, x.dtype))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        weight, scale = ctx.saved_tensors
-        return grad @ _dequantised(weight, scale, grad.dtype), None, None
-
-
-def _dequantised(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    # Multiplied in fp32 and rounded once, into a buffer of the final dtype: no fp32 weight in between on CUDA.
-    return torch.mul(weight, scale[:, None] / 127, out=torch.empty(weight.shape, dtype=dtype, device=weight.device))
+    return Product.apply(x, layer)

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from bitsandbytes.nn import Linear4bit
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from torch import nn
@@ -25,7 +24,7 @@ from transformers import (
 )
 
 from lite.errors import ModelError, raise_collected
-from lite.model import catalog, int8
+from lite.model import catalog, int8, nf4
 from lite.model.layers import decoder_layers
 from lite.model.norms import replace_norms
 from lite.recipe import Recipe
@@ -89,6 +88,23 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def config_of(recipe: Recipe) -> PreTrainedConfig:
+    """The model's own config, from its folder or the hub. Raises ModelError."""
+    source = _source(recipe)
+    with _explained(recipe, source, "model"):
+        return AutoConfig.from_pretrained(
+            source, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code
+        )
+
+
+def is_here(recipe: Recipe) -> bool:
+    """Whether the model's config can be read without a network."""
+    source = _source(recipe)
+    return Path(source).is_dir() or isinstance(
+        try_to_load_from_cache(source, "config.json", revision=recipe.revision), str
+    )
+
+
 def load_model(recipe: Recipe) -> PreTrainedModel:
     """The base model on its device, quantised as asked, every weight frozen, in eval mode, with its cache off.
 
@@ -97,10 +113,7 @@ def load_model(recipe: Recipe) -> PreTrainedModel:
     ModelError with what to do.
     """
     source, target, dtype = _source(recipe), device(recipe), compute_dtype(recipe)
-    with _explained(recipe, source, "model"):
-        config = AutoConfig.from_pretrained(
-            source, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code
-        )
+    config = config_of(recipe)
     commit = _commit(recipe, source, config)
     quantisation = _quantisation(recipe, config, dtype)
     _check_reach(recipe, config, quantisation)
@@ -128,7 +141,7 @@ def load_model(recipe: Recipe) -> PreTrainedModel:
     model.config._commit_hash = commit
     model.requires_grad_(False).eval()
     replace_norms(model)
-    _steady(model)
+    steady(model)
     log.info("loaded %s in %s: %s", recipe.model, _kind(model, dtype), in_gib(weight_bytes(model)))
     return model
 
@@ -275,14 +288,10 @@ def _check_reach(recipe: Recipe, config: PreTrainedConfig, quantisation: BitsAnd
     )
 
 
-def _steady(model: PreTrainedModel) -> None:
+def steady(model: PreTrainedModel) -> None:
     """Let quantised layers compute the same in evaluation, in training, and beside any other tokens."""
     int8.replace_forward(model)
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            # On CPUs with AVX512-BF16, a forward in eval mode repacks the weight for an inference kernel for good, its
-            # scales rounded to bf16; training forwards then take that kernel too, and no gradient passes through it.
-            module.support_avx512bf16_for_cpu = False
+    nf4.replace_forward(model)
 
 
 def _kind(model: PreTrainedModel, dtype: torch.dtype) -> str:

@@ -1,0 +1,78 @@
+"""Products with a frozen weight, whatever it is stored as: NF4, int8, or as it is.
+
+A quantised weight is dequantised for one product and freed right after: once forward, once backward, kept by neither.
+So a product is the same in any layout, in training and out of it, and the numbers of a token are its own.
+"""
+
+from typing import Any
+
+import torch
+from bitsandbytes.functional import dequantize_blockwise
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+def is_frozen(layer: nn.Module, x: Tensor) -> bool:
+    """Whether `product` computes what the layer does: a frozen linear of a known kind that multiplies in x's dtype."""
+    if any(parameter.requires_grad for parameter in layer.parameters()):
+        return False
+    if isinstance(layer, Linear4bit):
+        return compute_dtype(layer, x) == x.dtype
+    return isinstance(layer, Linear8bitLt) or (type(layer) is nn.Linear and layer.weight.dtype == x.dtype)
+
+
+def compute_dtype(layer: Linear4bit, x: Tensor) -> torch.dtype:
+    """What a 4-bit layer multiplies in: as it was built, else as x comes."""
+    return layer.compute_dtype or x.dtype
+
+
+def weight_of(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
+    """The weight (out, in) in `dtype`: a buffer of its own if it is quantised, else the parameter itself."""
+    if isinstance(layer, Linear4bit):
+        return _from_four_bits(layer.weight, dtype)
+    if isinstance(layer, Linear8bitLt):
+        return _from_int8(layer, dtype)
+    return layer.weight
+
+
+def product(layer: nn.Linear, x: Tensor, out: Tensor | None = None) -> Tensor:
+    """x Wᵀ + bias in x's dtype, without gradient; x (T, in), returns (T, out), in `out` if that is given."""
+    weight, bias = weight_of(layer, x.dtype).t(), layer.bias
+    if bias is None:
+        return torch.mm(x, weight, out=out)
+    if isinstance(layer, Linear8bitLt):  # rounded before the bias is added, as int8.py does
+        return torch.mm(x, weight, out=out).add_(bias.to(x.dtype))
+    return torch.addmm(bias.to(x.dtype), x, weight, out=out)
+
+
+class Product(torch.autograd.Function):
+    """`product` for x of any shape (…, in), with d x = grad W. Keeps nothing of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: nn.Linear) -> Tensor:
+        ctx.layer = layer
+        return product(layer, x.flatten(0, -2)).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad @ weight_of(ctx.layer, grad.dtype), None
+
+
+def _from_four_bits(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    state = weight.quant_state
+    scale = state.absmax
+    if state.nested:
+        scale = dequantize_blockwise(scale, state.state2).add_(state.offset)
+    # bitsandbytes' own function gives the dtype that was quantised; its products have that of the activations.
+    return torch.ops.bitsandbytes.dequantize_4bit.default(
+        weight.detach().view(-1, 1), scale, state.blocksize, state.quant_type, state.shape, dtype
+    )
+
+
+def _from_int8(layer: Linear8bitLt, dtype: torch.dtype) -> Tensor:
+    # Multiplied in fp32 and rounded once, into a buffer of the final dtype: no fp32 weight in between on CUDA.
+    weight = layer.weight.detach()
+    scale = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
+    return torch.mul(weight, scale[:, None] / 127, out=torch.empty(weight.shape, dtype=dtype, device=weight.device))

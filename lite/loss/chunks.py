@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lite.device import kind
 from lite.loss import softmax
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ def _outputs(ctx: Any, parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
 def _precise(left: Tensor, right: Tensor) -> Tensor:
     """left · right, not rounded to bf16."""
     dtype = softmax.accumulator(left.dtype)
-    if left.is_cuda and dtype != left.dtype:
+    if kind(left) == "cuda" and dtype != left.dtype:
         return torch.mm(left, right, out_dtype=dtype)
     return left.to(dtype) @ right.to(dtype)
 
@@ -159,7 +160,7 @@ class _Chunks:
         self.settings, self.dtype, self.precise = settings, hidden.dtype, softmax.accumulator(hidden.dtype)
         words = len(settings.head.weight)
         self.buffer = self.tile = None
-        if not hidden.is_cuda:
+        if kind(hidden) != "cuda":
             self.buffer = hidden.new_empty(min(settings.chunk_tokens, len(hidden)), words)
             if self.dtype != self.precise:
                 self.tile = hidden.new_empty(self.TILE_ROWS, words, dtype=self.precise)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from lite.device import kind
+
 if TYPE_CHECKING:
     from lite.loss.head import Head
     from lite.loss.soft import SoftTargets
@@ -29,7 +31,7 @@ def choose(kernel: Kernel, device: torch.device) -> Kernel:
     """`auto` as the kernel that this device has: Liger's on CUDA where it is installed, else plain."""
     if kernel != "auto":
         return kernel
-    return "liger" if device.type == "cuda" and importlib.util.find_spec("liger_kernel") else "plain"
+    return "liger" if kind(device) == "cuda" and importlib.util.find_spec("liger_kernel") else "plain"
 
 
 def logps_in_place(logits: Tensor, labels: Tensor, head: "Head", *, slope: bool, kernel: Kernel) -> Tensor:
@@ -137,6 +139,8 @@ def _slope_of_labels(exponentials: Tensor, total: Tensor, labels: Tensor) -> Non
 
 
 def _liger(logits: Tensor, labels: Tensor, head: "Head", slope: bool) -> Tensor:
+    if logits.is_meta:  # a dry run: the kernel allocates nothing
+        return torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     import triton
     from liger_kernel.ops import cross_entropy as liger
 

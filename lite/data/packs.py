@@ -65,10 +65,10 @@ class Pack:
         """Tokens that the model computes, padding included."""
         return self.ids.numel()
 
-    def to(self, device: torch.device) -> "Pack":
-        """The same pack with its tensors on `device`."""
+    def to(self, device: torch.device, *, ids_to: torch.device | None = None) -> "Pack":
+        """The same pack with its tensors on `device`; its ids on `ids_to` if that is given."""
         moved = {
-            f.name: v.to(device, non_blocking=True)
+            f.name: v.to((f.name == "ids" and ids_to) or device, non_blocking=True)
             for f in fields(self)
             if isinstance(v := getattr(self, f.name), Tensor)
         }

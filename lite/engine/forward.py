@@ -15,7 +15,7 @@ from lite.loss.logps import Logps
 from lite.loss.soft import soft_logps
 from lite.model import rotary
 from lite.model.branches import BranchTable, Implementation
-from lite.model.head import backbone, head_of
+from lite.model.head import backbone, head_of, unwrapped
 
 Model = PreTrainedModel | PeftModel
 CHUNK_TOKENS = 512  # of the head, where nothing else is said
@@ -30,9 +30,9 @@ class Path:
 
 
 def scored_hidden(model: Model, pack: Pack, path: Path) -> Tensor:
-    """The hidden states that predict a scored token, (N, D), after the final norm. `pack` is on the model's device."""
+    """The hidden states that predict a scored token, (N, D), after the final norm. `pack` is as `placed` leaves it."""
     if pack.attention_mask is None:
-        how = {"branch_table": BranchTable.of(pack.branches, path.attention, pack.ids.device)}
+        how = {"branch_table": BranchTable.of(pack.branches, path.attention, pack.positions.device)}
     else:
         how = {"attention_mask": pack.attention_mask}
     decoder = backbone(model)
@@ -84,5 +84,11 @@ def gather(tokens: Sequence[Tensor], packs: Sequence[Pack]) -> dict[str, Logps]:
 
 
 def device_of(model: Model) -> torch.device:
-    """Where packs must go: where the head is."""
+    """What computes: where the head is."""
     return head_of(model).weight.device
+
+
+def placed(packs: Sequence[Pack], model: Model) -> list[Pack]:
+    """The packs where the model wants them: on its device, their ids where its input embedding is (embedding.py)."""
+    device, embedding = device_of(model), unwrapped(model).get_input_embeddings()
+    return [pack.to(device, ids_to=embedding.weight.device) for pack in packs]

@@ -7,7 +7,7 @@ import torch
 from lite.data.examples import TokenExample
 from lite.data.packing import lay_out
 from lite.data.packs import Batch, Layout
-from lite.engine.forward import Model, Path, device_of, gather, scored_tokens
+from lite.engine.forward import Model, Path, gather, placed, scored_tokens
 from lite.engine.objective import Data, Objective
 from lite.engine.step import measure, total
 from lite.loss.logps import Logps
@@ -41,6 +41,5 @@ def evaluate(
 @torch.no_grad()
 def logps(model: Model, examples: Sequence[TokenExample], layout: Layout, path: Path) -> dict[str, Logps]:
     """The Logps of each role, in the order of `examples`, on the model's device."""
-    device = device_of(model)
-    packs = [pack.to(device) for pack in lay_out(examples, layout).packs]
+    packs = placed(lay_out(examples, layout).packs, model)
     return gather([scored_tokens(model, pack, path).logps for pack in packs], packs)

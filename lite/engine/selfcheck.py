@@ -17,7 +17,7 @@ from lite.data.examples import TokenExample
 from lite.data.packing import lay_out
 from lite.data.packs import Layout
 from lite.engine import score
-from lite.engine.forward import Model, Path, device_of, gather, scored_hidden
+from lite.engine.forward import Model, Path, device_of, gather, placed, scored_hidden
 from lite.errors import ModelError
 from lite.model import rotary
 from lite.model.attention import install, plain_attention
@@ -156,7 +156,7 @@ def _keep(base: Model, count: int) -> dict[str, int]:
 def _ours(model: Model, trials: Sequence[TokenExample], layout: Layout, path: Path) -> _Outcome:
     layout = replace(layout, scores=None)
     logps = score.logps(model, trials, layout, path)
-    packs = [pack.to(device_of(model)) for pack in lay_out(trials, layout).packs]
+    packs = placed(lay_out(trials, layout).packs, model)
     hidden = gather([scored_hidden(model, pack, path) for pack in packs], packs)
     lengths = {name: logps[name].length.tolist() for name in layout.completions}
     return _Outcome(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lite.data.packs import Batch, Pack, moved_to
-from lite.engine.forward import Model, Path, Tokens, device_of, scored_tokens
+from lite.engine.forward import Model, Path, Tokens, device_of, placed, scored_tokens
 from lite.engine.objective import Data, Objective, Sums, of_batch, of_pack
 from lite.memory.checkpoint import draws_random
 
@@ -21,8 +21,7 @@ def backward(model: Model, batch: Batch, objective: Objective, path: Path) -> Su
     loss = Σ w ℓ / Σ w over the examples of the batch, whatever packs they lie in. What comes back is detached and
     stays on the device, so that a step never waits for it.
     """
-    device = device_of(model)
-    packs = [pack.to(device) for pack in batch.packs]
+    packs = placed(batch.packs, model)
     if batch.spread or (objective.whole_batch and len(packs) > 1):
         return _two_pass(model, batch, packs, objective, path)
     found = []
@@ -37,7 +36,7 @@ def measure(model: Model, batch: Batch, objective: Objective, path: Path) -> tup
     """The batch's loss and metrics, without gradient, and the Logps that they come from."""
     device = device_of(model)
     with torch.no_grad():
-        packs = [pack.to(device) for pack in batch.packs]
+        packs = placed(batch.packs, model)
         tokens = [scored_tokens(model, pack, path) for pack in packs]
         data = of_batch(tokens, packs, batch)
         return objective(data, moved_to(batch.shares, device)), data

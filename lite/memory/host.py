@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lite.errors import ModelError
 from lite.memory import marks
@@ -47,6 +47,16 @@ def lasting(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> T
         # Of the storage, which views share: the pages must stay pinned for as long as any copy can read them.
         weakref.finalize(buffer.untyped_storage(), cuda.cudaHostUnregister, address)
     return buffer
+
+
+def keep(module: nn.Module, tensors: list[Tensor]) -> None:
+    """Note that these tensors of a module lie in host memory."""
+    module._on_host = tensors
+
+
+def host_tensors(model: nn.Module) -> list[Tensor]:
+    """All of a model that levers have put into host memory. On a CPU and on meta nothing else tells."""
+    return [tensor for module in model.modules() for tensor in getattr(module, "_on_host", ())]
 
 
 class Lane:

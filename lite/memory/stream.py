@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lite.errors import ModelError
-from lite.memory.host import Arrival, Lane, lasting, wait
+from lite.memory.host import Arrival, Lane, keep, lasting, wait
 from lite.model.head import head_of
 from lite.model.layers import decoder_layers
 
@@ -50,6 +50,7 @@ def stream_layers(model: nn.Module, count: int, device: torch.device | None = No
     stream = _Stream(layers[:count], _shared(model, layers[:count]), device)
     for index, layer in enumerate(layers[:count]):
         layer._stream = stream
+        keep(layer, [stream.buffers[index]])
         layer.register_forward_pre_hook(partial(stream.begin, index))
         layer.register_forward_hook(partial(stream.watch, index))
         layer.register_state_dict_pre_hook(_refuse)

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -27,6 +26,7 @@ from lite.errors import ModelError, raise_collected
 from lite.model import catalog, int8, nf4
 from lite.model.layers import decoder_layers
 from lite.model.norms import replace_norms
+from lite.model.weights import move_but_first, weight_bytes
 from lite.recipe import Recipe
 from lite.sizes import in_gib
 
@@ -92,9 +92,7 @@ def config_of(recipe: Recipe) -> PreTrainedConfig:
     """The model's own config, from its folder or the hub. Raises ModelError."""
     source = _source(recipe)
     with _explained(recipe, source, "model"):
-        return AutoConfig.from_pretrained(
-            source, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code
-        )
+        return AutoConfig.from_pretrained(source, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
 
 
 def is_here(recipe: Recipe) -> bool:
@@ -105,12 +103,14 @@ def is_here(recipe: Recipe) -> bool:
     )
 
 
-def load_model(recipe: Recipe) -> PreTrainedModel:
+def load_model(recipe: Recipe, *, host_layers: int = 0) -> PreTrainedModel:
     """The base model on its device, quantised as asked, every weight frozen, in eval mode, with its cache off.
 
     A bitsandbytes checkpoint is loaded as it is, with the recipe's compute dtype. `generate` still caches: that is
-    its generation config's affair. `config._commit_hash` is the commit of a model from the hub, else None. Raises
-    ModelError with what to do.
+    its generation config's affair. `config._commit_hash` is the commit of a model from the hub, else None.
+    host_layers: the first so many layers stay in host memory, for `stream_layers`. All is loaded there first, and
+    quantised by the CPU (25 M weights/s on two cores: a 70B model is better taken as a bitsandbytes checkpoint).
+    Raises ModelError with what to do.
     """
     source, target, dtype = _source(recipe), device(recipe), compute_dtype(recipe)
     config = config_of(recipe)
@@ -124,7 +124,7 @@ def load_model(recipe: Recipe) -> PreTrainedModel:
             revision=commit or recipe.revision,
             trust_remote_code=recipe.trust_remote_code,
             dtype=dtype,
-            device_map={"": target},
+            device_map={"": torch.device("cpu") if host_layers else target},
             quantization_config=quantisation,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, together with what is missing
@@ -140,34 +140,13 @@ def load_model(recipe: Recipe) -> PreTrainedModel:
     model.config.use_cache = False
     model.config._commit_hash = commit
     model.requires_grad_(False).eval()
+    if host_layers:
+        with _explained(recipe, source, "model"):
+            move_but_first(model, target, host_layers)
     replace_norms(model)
     steady(model)
     log.info("loaded %s in %s: %s", recipe.model, _kind(model, dtype), in_gib(weight_bytes(model)))
     return model
-
-
-def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all weights and buffers, with the scales of quantised ones, each storage once."""
-    found = {}
-    for tensor in [*model.parameters(), *model.buffers(), *_scales(model)]:
-        found[tensor.untyped_storage().data_ptr() or id(tensor)] = tensor.nbytes
-    return sum(found.values())
-
-
-def _scales(model: nn.Module) -> Iterator[torch.Tensor]:
-    # bitsandbytes keeps them beside the parameter, in no list of parameters or buffers.
-    for parameter in model.parameters():
-        state = getattr(parameter, "quant_state", None)
-        nested = state.state2 if state is not None else None
-        for part in (state, nested):
-            if part is not None:
-                yield from (part.absmax, part.code)
-        if nested is not None:
-            yield state.offset
-    for module in model.modules():
-        scale = getattr(getattr(module, "weight", None), "SCB", None)
-        if scale is not None:
-            yield scale
 
 
 def require_there(recipe: Recipe, setting: str) -> None:

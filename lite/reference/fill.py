@@ -15,7 +15,7 @@ from torch import Tensor
 from lite.data.examples import TokenExample
 from lite.data.packing import lay_out
 from lite.data.packs import Layout, Pack
-from lite.engine.forward import Model, Path, device_of, gather, scored_hidden, scored_tokens
+from lite.engine.forward import Model, Path, gather, placed, scored_hidden, scored_tokens
 from lite.loss.head import top_logps
 from lite.model.head import head_of
 from lite.reference.store import Row, Store, TopRow
@@ -112,7 +112,7 @@ def _read(
 ) -> tuple[list[list[Tensor]], list[tuple[Tensor, Tensor]]]:
     """Per completion name the log-probs of each example; and of the first completion the likeliest words."""
     layout = replace(layout, scores=None)
-    packs = [pack.to(device_of(model)) for pack in lay_out(examples, layout).packs]
+    packs = placed(lay_out(examples, layout).packs, model)
     tokens, tops, ids = [], [], []
     for pack in packs:
         if top_k:

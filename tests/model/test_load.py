@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lite.errors import ModelError
-from lite.model import load
+from lite.model import load, weights
 from lite.model.layers import decoder_layers
 from lite.recipe import Recipe
 from tests.model.tiny import ARCHITECTURES, DENSE, tiny_model
@@ -83,7 +83,7 @@ def test_the_bytes_of_nf4_by_hand(model_folder: Folder, caplog: pytest.LogCaptur
         model = load.load_model(recipe)
     unquantised = sum(p.numel() * 4 for p in model.parameters() if p.dtype == torch.float32)
     rotary = sum(buffer.nbytes for buffer in model.buffers())
-    assert load.weight_bytes(model) == 2 * quantised + unquantised + rotary
+    assert weights.weight_bytes(model) == 2 * quantised + unquantised + rotary
     assert f"loaded {model_folder('qwen3')} in nf4: 0.5 MiB" in caplog.text
 
 

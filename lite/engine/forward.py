@@ -13,6 +13,7 @@ from lite.data.packs import EXPECTED, Pack
 from lite.loss.head import logps_and_purity, token_logps
 from lite.loss.logps import Logps
 from lite.loss.soft import soft_logps
+from lite.memory import marks
 from lite.model import rotary
 from lite.model.branches import BranchTable, Implementation
 from lite.model.head import backbone, head_of, unwrapped
@@ -31,6 +32,7 @@ class Path:
 
 def scored_hidden(model: Model, pack: Pack, path: Path) -> Tensor:
     """The hidden states that predict a scored token, (N, D), after the final norm. `pack` is as `placed` leaves it."""
+    marks.phase("forward")
     if pack.attention_mask is None:
         how = {"branch_table": BranchTable.of(pack.branches, path.attention, pack.positions.device)}
     else:
@@ -51,6 +53,7 @@ class Tokens(NamedTuple):
 def scored_tokens(model: Model, pack: Pack, path: Path) -> Tokens:
     """Every scored token of a pack through model and head."""
     hidden, head, chunk = scored_hidden(model, pack, path), head_of(model), path.chunk_tokens
+    marks.phase("head")
     hard = len(pack.labels) if pack.soft is None else pack.roles[EXPECTED].start
     parts, purity = [], None
     if hard and pack.purity:

@@ -12,6 +12,7 @@ from torch import Tensor
 from lite.data.packs import Batch, Pack, moved_to
 from lite.engine.forward import Model, Path, Tokens, device_of, placed, scored_tokens
 from lite.engine.objective import Data, Objective, Sums, of_batch, of_pack
+from lite.memory import marks
 from lite.memory.checkpoint import draws_random
 
 
@@ -21,15 +22,12 @@ def backward(model: Model, batch: Batch, objective: Objective, path: Path) -> Su
     loss = Σ w ℓ / Σ w over the examples of the batch, whatever packs they lie in. What comes back is detached and
     stays on the device, so that a step never waits for it.
     """
+    marks.phase("transfers")
     packs = placed(batch.packs, model)
-    if batch.spread or (objective.whole_batch and len(packs) > 1):
-        return _two_pass(model, batch, packs, objective, path)
-    found = []
-    for pack in packs:
-        sums = objective(of_pack(scored_tokens(model, pack, path), pack), pack.shares)
-        sums.loss.backward()
-        found.append(sums._replace(loss=sums.loss.detach()))
-    return total(found)
+    two_passes = batch.spread or (objective.whole_batch and len(packs) > 1)
+    found = (_two_pass if two_passes else _streamed)(model, batch, packs, objective, path)
+    marks.phase("idle")
+    return found
 
 
 def measure(model: Model, batch: Batch, objective: Objective, path: Path) -> tuple[Sums, Data]:
@@ -52,6 +50,16 @@ def total(parts: list[Sums]) -> Sums:
     return Sums(loss, added([part.metrics for part in parts]), added([part.weights for part in parts]))
 
 
+def _streamed(model: Model, batch: Batch, packs: list[Pack], objective: Objective, path: Path) -> Sums:
+    found = []
+    for pack in packs:
+        sums = objective(of_pack(scored_tokens(model, pack, path), pack), pack.shares)
+        marks.phase("backward")
+        sums.loss.backward()
+        found.append(sums._replace(loss=sums.loss.detach()))
+    return total(found)
+
+
 def _two_pass(model: Model, batch: Batch, packs: list[Pack], objective: Objective, path: Path) -> Sums:
     device = device_of(model)
     replay = _Replay(model)
@@ -63,12 +71,16 @@ def _two_pass(model: Model, batch: Batch, packs: list[Pack], objective: Objectiv
             seen.append(tokens._replace(logps=tokens.logps.requires_grad_()))
     sums = objective(of_batch(seen, packs, batch), moved_to(batch.shares, device))
     leaves = [tokens.logps for tokens in seen]
+    marks.phase("backward")
     # To the loss's own trained numbers as well, which the second pass no longer sees.
     sums.loss.backward(inputs=[*leaves, *objective.scalars.values()])
     for pack, leaf in zip(packs, leaves, strict=True):
         replay.again()
         if leaf.grad is not None:  # else nothing in the pack moves the loss, such as KTO's completions of other rows
-            scored_tokens(model, pack, path).logps.backward(leaf.grad)
+            logps = scored_tokens(model, pack, path).logps
+            marks.phase("backward")
+            logps.backward(leaf.grad)
+            del logps  # or it would live through the next pack's forward
     return sums._replace(loss=sums.loss.detach())
 
 

@@ -1,6 +1,6 @@
 """Marks that a step leaves for whoever watches it: which phase it is in, and which tensors lie in host memory.
 
-The step marks its phases (forward, head, backward, update); a meter counts by them, a profile takes times by them. On
+The step marks its phases (forward, head, backward …); a meter counts by them, a profile takes times by them. On
 meta, and on a CPU, a tensor that stands for one in host memory looks like any other, so levers make it under `on_host`.
 """
 
@@ -16,7 +16,7 @@ class Watcher(Protocol):
     """Told when a phase begins."""
 
     def phase(self, name: str) -> None:
-        """The step enters a phase: forward, head, backward, update; or leaves it all: idle."""
+        """The step enters a phase: transfers, forward, head, backward, update; or leaves it all: idle."""
 
 
 def phase(name: str) -> None:

@@ -39,7 +39,7 @@ def lay_out(
     shares = {name: w / (totals[name] if totals else w.sum()) for name, w in weights.items()}
     columns = columns_of(examples)
     packs = []
-    for units in _fit([unit for i, e in enumerate(examples) for unit in _units(i, e, layout)], examples, layout):
+    for units in _fit(_all_units(examples, layout), examples, layout):
         units = sorted(units)
         whole = [u.example for u in units if len(u.completions) == len(examples[u.example].completions)]
         tokens = (_padded if layout.padded else _packed)(units, examples, layout)
@@ -48,6 +48,17 @@ def lay_out(
         packs.append(pack if reference is None else _with_reference(pack, examples, layout, reference))
     scored = sum(len(pack.labels) for pack in packs)
     return Batch(tuple(packs), tuple(e.place for e in examples), shares, columns, scored)
+
+
+def pack_sizes(examples: Sequence[TokenExample], layout: Layout) -> list[int]:
+    """Tokens of each pack that `lay_out` would make, padding included."""
+    return [_size(units, examples, layout) for units in _fit(_all_units(examples, layout), examples, layout)]
+
+
+def largest_unit(examples: Sequence[TokenExample], layout: Layout) -> int:
+    """Tokens, padding included, of the largest pack that no lower budget makes smaller."""
+    smallest = replace(layout, tokens_per_pack=0)
+    return max(_size([unit], examples, smallest) for unit in _all_units(examples, smallest))
 
 
 def _with_reference(pack: Pack, examples: Sequence[TokenExample], layout: Layout, reference: Reference) -> Pack:
@@ -64,6 +75,10 @@ def _with_reference(pack: Pack, examples: Sequence[TokenExample], layout: Layout
             soft = SoftTargets.of(top, torch.cat(ids))
             said[role.start : role.stop] = expected_of(top)
     return replace(pack, reference=said, soft=soft)
+
+
+def _all_units(examples: Sequence[TokenExample], layout: Layout) -> list[_Unit]:
+    return [unit for i, example in enumerate(examples) for unit in _units(i, example, layout)]
 
 
 def _units(index: int, example: TokenExample, layout: Layout) -> Iterator[_Unit]:

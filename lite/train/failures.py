@@ -10,10 +10,15 @@ from lite.data.packs import Batch
 from lite.errors import SHOWN_PROBLEMS, RunError
 from lite.train.progress import Progress
 
+# What allocators say, beside torch's own error for them: a CPU's, the driver's for what torch does not allocate, and
+# cuBLAS's when it finds no room for its handle.
+SAID = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 LOWER = (
     "Lower --tokens-per-pack or --chunk-tokens, set --split-pairs for pairs that are longer than a pack, lower "
     "--max-length, or quantise the base (--4bit)."
 )
+
+ALONE = "Lower --chunk-tokens or --max-length, or quantise the base (--4bit)."
 
 
 @contextmanager
@@ -21,7 +26,9 @@ def told(progress: Progress) -> Iterator[None]:
     """Close progress however it ends, and say what to lower where the GPU has no room."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
         raise no_room(error) from error
     finally:
         progress.close()
@@ -39,15 +46,29 @@ def not_finite(what: str, value: float, step: int, batch: Batch, kept: Sequence[
     )
 
 
-def out_of_memory(step: int, batch: Batch, error: Exception) -> RunError:
-    """The GPU has no room for a step."""
-    largest = max(pack.tokens for pack in batch.packs)
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an operator failed for want of memory, on a GPU or a CPU."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in SAID)
+
+
+def too_large(what: str, largest: int, error: Exception) -> RunError:
+    """No smaller packs can be made of `what`, and its largest, of so many tokens, has no room."""
     return RunError(
-        f"Step {step}: out of GPU memory, with {largest:,} tokens in the largest pack. {str(error).splitlines()[0]}\n"
-        f"{LOWER}"
+        f"{what[:1].upper()}{what[1:]}: out of {_whose(error)}, with {largest:,} tokens in the largest pack, which "
+        f"cannot be split. {_first_line(error)}\n{ALONE}"
     )
 
 
 def no_room(error: Exception) -> RunError:
-    """The GPU has no room for what comes before, between and after the steps."""
-    return RunError(f"Out of GPU memory. {str(error).splitlines()[0]}\n{LOWER}")
+    """There is no room for what comes before, between and after the steps."""
+    return RunError(f"Out of {_whose(error)}. {_first_line(error)}\n{LOWER}")
+
+
+def _whose(error: Exception) -> str:
+    return "memory" if "DefaultCPUAllocator" in str(error) else "GPU memory"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else ""

@@ -13,7 +13,6 @@ from pathlib import Path
 from peft import PeftModel
 
 from lite.data.examples import TokenExample
-from lite.data.packs import Layout
 from lite.engine.forward import Path as ForwardPath
 from lite.model import adapters
 from lite.reference.fill import fill
@@ -21,6 +20,7 @@ from lite.reference.lookup import Cached
 from lite.reference.weights import tensors_digest
 from lite.train import checkpoints
 from lite.train.batches import Batches
+from lite.train.recovery import Room
 
 FOLDER = "reference"
 
@@ -35,7 +35,7 @@ class Refresh:
         model: PeftModel,
         held_out: list[TokenExample],
         *,
-        layout: Layout,
+        room: Room,
         path: ForwardPath,
         folder: Path,
         note: Callable[[str], None],
@@ -44,7 +44,7 @@ class Refresh:
         self.reference = reference
         self.model = model
         self.held_out = held_out
-        self.layout = layout
+        self.room = room
         self.path = path
         self.folder = folder / FOLDER
         self.note = note
@@ -78,7 +78,7 @@ class Refresh:
         until = min((step // self.every + 1) * self.every, len(batches))
         ahead = [example for index in range(step, until) for example in batches.examples(index)]
         reference, rows = self.reference, [*ahead, *self.held_out]
-        computed = fill(reference.store, identity, rows, self.model, self.layout, self.path, top_k=reference.top_k)
+        computed = fill(reference.store, identity, rows, self.model, self.room.layout, self.path, top_k=reference.top_k)
         reference.identity = identity
         self.step = step
         return computed

@@ -45,7 +45,7 @@ START_ADAPTER = "start_adapter"
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run. `result`: run, steps, seconds, peak_bytes, eval_before, eval_after."""
+    """A finished run. `result`: run, steps, seconds, peak_bytes, packing, eval_before, eval_after."""
 
     folder: Path
     recipe: Recipe

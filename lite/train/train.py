@@ -103,6 +103,7 @@ def _carry_out(work: Work, folder: Path, checkpoint: Path | None, started: float
         scalars=work.scalars,
         refresh=work.refresh(folder),
         path=work.path,
+        room=work.room,
         evaluate=work.evaluate if work.data.held_out else None,
         folder=folder,
         progress=progress,
@@ -124,6 +125,7 @@ def _carry_out(work: Work, folder: Path, checkpoint: Path | None, started: float
         "steps": trainer.state.global_step,
         "seconds": round(time.perf_counter() - started, 3),
         "peak_bytes": machine.peak_bytes(work.model.device),
+        "packing": work.room.state(),
         "eval_before": metrics.evaluation(folder / metrics.METRICS, 0) or {},
         "eval_after": metrics.evaluation(folder / metrics.METRICS, trainer.state.global_step) or {},
     }

@@ -30,45 +30,16 @@ from lite.engine.optimizer import optimizer
 from lite.engine.scalars import Scalars
 from lite.model import adapters
 from lite.recipe import Recipe
-from lite.train import checkpoints, failures, machine, metrics, trackers
+from lite.train import checkpoints, failures, machine, metrics
+from lite.train.arguments import arguments
 from lite.train.batches import Batches
 from lite.train.interrupt import Request
 from lite.train.progress import Progress
+from lite.train.recovery import Room
 from lite.train.refresh import Refresh
 from lite.train.schedule import schedule
 
 STATE = "lite.json"  # in a checkpoint: what lite adds to Trainer's own state
-
-
-def arguments(recipe: Recipe, folder: Path, steps: int, *, device: torch.device, evaluates: bool) -> TrainingArguments:
-    """The recipe in Trainer's words. Nothing here can switch on autocast, a gradient scaler or DataParallel."""
-    made = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=1,  # packs are accumulated inside the step, with the exact normaliser
-        learning_rate=recipe.peak_learning_rate,
-        weight_decay=recipe.weight_decay,
-        max_grad_norm=recipe.max_grad_norm,
-        seed=recipe.seed,
-        bf16=False,
-        fp16=False,
-        logging_strategy="steps",
-        logging_steps=recipe.logging_steps,
-        logging_nan_inf_filter=False,  # it would put the mean of earlier losses in the place of a NaN
-        eval_strategy="steps" if recipe.eval_steps and evaluates else "no",
-        eval_steps=recipe.eval_steps,
-        save_strategy="steps",
-        save_steps=recipe.save_steps,
-        report_to=trackers.named(recipe) or "none",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        remove_unused_columns=False,
-        use_cpu=device.type == "cpu",
-    )
-    # With two GPUs in sight Trainer wraps the model in DataParallel, which splits a batch that is not a tensor.
-    made._n_gpu = min(made.n_gpu, 1)
-    return made
 
 
 class Trainer(transformers.Trainer):
@@ -84,6 +55,7 @@ class Trainer(transformers.Trainer):
         scalars: Scalars,
         refresh: Refresh | None,
         path: ForwardPath,
+        room: Room,
         evaluate: Callable[[Path, int], dict[str, float]] | None,
         folder: Path,
         progress: Progress,
@@ -95,6 +67,7 @@ class Trainer(transformers.Trainer):
         self.scalars = scalars
         self.refresh = refresh
         self.path = path
+        self.room = room
         self.split_told = False
         self.score = evaluate
         self.folder = folder
@@ -125,21 +98,30 @@ class Trainer(transformers.Trainer):
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Forward and backward of all packs of the batch; the detached loss. Raises RunError on a loss not finite."""
         model.train()
-        try:
-            result = step.backward(model, inputs, self.objective, self.path)
-        except torch.OutOfMemoryError as error:
-            raise failures.out_of_memory(self.state.global_step + 1, inputs, error) from error
-        if inputs.spread and not self.split_told:
+        self.current = inputs
+        result = self.room.within(
+            f"step {self.state.global_step + 1}",
+            lambda: step.backward(model, self.current, self.objective, self.path),
+            lambda: (self.batches.examples(self.state.global_step), max(pack.tokens for pack in self.current.packs)),
+            self._begin_again,
+        )
+        if self.current.spread and not self.split_told:
             self.split_told = True
             self.progress.note("pairs over tokens_per_pack are computed one completion at a time: the same gradient")
         found = {"loss": result.loss, **result.averages}
         # One copy from the GPU, which waits for the step; a float64 sum is the same in whatever parts it is made.
         values = dict(zip(found, torch.stack([v.double() for v in found.values()]).tolist(), strict=True))
-        self.current = inputs
         self._require_finite("loss", values["loss"], self.state.global_step + 1)
-        self.interval.add(values, inputs.tokens)
-        self.latest = {**{k: v for k, v in values.items() if not math.isnan(v)}, "tokens": inputs.tokens}
+        tokens = self.current.tokens
+        self.interval.add(values, tokens)
+        self.latest = {**{k: v for k, v in values.items() if not math.isnan(v)}, "tokens": tokens}
         return result.loss
+
+    def _begin_again(self) -> None:
+        """Nothing of a step that failed is left, and its examples are laid out as there is room now."""
+        for parameter in [*self.model.parameters(), *self.scalars.values.values()]:
+            parameter.grad = None
+        self.current = self.batches[self.state.global_step]
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float:
         """The norm before clipping, checked before the optimizer may use the gradient."""
@@ -224,6 +206,7 @@ class Trainer(transformers.Trainer):
             "steps": len(self.batches),
             "scalars": self.scalars.state(),
             "refreshed": self.refresh.step if self.refresh else 0,
+            "packing": self.room.state(),
         }
         (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
 
@@ -233,6 +216,7 @@ class Trainer(transformers.Trainer):
         adapters.load(self.model, folder)
         self.interval = metrics.Interval(**state(folder)["interval"])
         self.scalars.restore(state(folder)["scalars"])
+        self.room.restore(state(folder)["packing"])
         if self.refresh:
             self.refresh.restore(state(folder)["refreshed"], folder, self.batches)
 

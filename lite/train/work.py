@@ -17,6 +17,7 @@ from lite.data import balance
 from lite.data.batches import Batches as EpochBatches
 from lite.data.batches import plan_batches, plan_evaluation
 from lite.data.examples import TokenExample
+from lite.data.packing import pack_sizes
 from lite.data.packs import Layout, Reference
 from lite.data.prepare import Prepared, prepare
 from lite.engine import layout, score, selfcheck
@@ -35,6 +36,7 @@ from lite.reference.store import Store
 from lite.train import judged, machine, trackers
 from lite.train.batches import Batches
 from lite.train.progress import Progress
+from lite.train.recovery import Room
 from lite.train.refresh import Refresh
 
 
@@ -46,7 +48,7 @@ class Work:
     tokenizer: PreTrainedTokenizerBase
     data: Prepared
     model: PeftModel
-    layout: Layout
+    room: Room
     path: ForwardPath
     objective: Objective
     scalars: Scalars
@@ -54,16 +56,22 @@ class Work:
     progress: Progress
 
     @property
-    def batches(self) -> Batches:
-        """Every step of the run, in order."""
-        epoch = functools.lru_cache(maxsize=1)(self._epoch)
-        return Batches(epoch, len(epoch(0)), planned_steps(self.recipe, self.data))
+    def layout(self) -> Layout:
+        """How examples become packs, from here on."""
+        return self.room.layout
 
-    def _epoch(self, number: int) -> EpochBatches:
-        size, seed = self.recipe.batch_size, self.recipe.seed
-        return plan_batches(
-            self.data.train, self.layout, batch_size=size, seed=seed, epoch=number, reference=self.reference
+    @property
+    def batches(self) -> Batches:
+        """Every step of the run, in order, each laid out as there is room when it is read."""
+        epoch = functools.lru_cache(maxsize=1)(self._epoch)
+        steps_per_epoch = len(epoch(0, self.layout))
+        return Batches(
+            lambda number: epoch(number, self.layout), steps_per_epoch, planned_steps(self.recipe, self.data)
         )
+
+    def _epoch(self, number: int, layout: Layout) -> EpochBatches:
+        size, seed = self.recipe.batch_size, self.recipe.seed
+        return plan_batches(self.data.train, layout, batch_size=size, seed=seed, epoch=number, reference=self.reference)
 
     def refresh(self, folder: Path) -> Refresh | None:
         """What lets the policy become the reference as the steps go on, if the recipe asks for it."""
@@ -74,7 +82,7 @@ class Work:
             self.reference,
             self.model,
             self.data.held_out,
-            layout=self.layout,
+            room=self.room,
             path=self.path,
             folder=folder,
             note=self.progress.note,
@@ -82,11 +90,19 @@ class Work:
 
     def evaluate(self, folder: Path, step: int) -> dict[str, float]:
         """Loss and metrics over the held-out rows; what the policy said of them is kept in the run's folder."""
-        size = self.recipe.batch_size
-        batches = plan_evaluation(self.data.held_out, self.layout, batch_size=size, reference=self.reference)
-        kept = judged.Kept(self.layout.completions)
-        found = score.evaluate(self.model, batches, self.objective, self.path, kept.see)
-        kept.save(folder, step, self.data.held_out)
+        rows, size = self.data.held_out, self.recipe.batch_size
+
+        def attempt() -> tuple[dict[str, float], judged.Kept]:
+            batches = plan_evaluation(rows, self.layout, batch_size=size, reference=self.reference)
+            kept = judged.Kept(self.layout.completions)
+            return score.evaluate(self.model, batches, self.objective, self.path, kept.see), kept
+
+        found, kept = self.room.within(
+            f"evaluation at step {step}",
+            attempt,
+            lambda: (rows, max(max(pack_sizes(rows[i : i + size], self.layout)) for i in range(0, len(rows), size))),
+        )
+        kept.save(folder, step, rows)
         return found
 
     def identity(self) -> dict[str, Any]:
@@ -159,7 +175,8 @@ def set_up(
         reference = Cached(store, filled.identity, precompute.wanted_words(recipe))
     scalars = Scalars.of(recipe, model.device)
     objective = Objective.of(recipe.signature, recipe.hyperparameters, scalars.values)
-    return Work(recipe, tokenizer, data, model, chosen, path, objective, scalars, reference, progress)
+    room = Room(chosen, progress.note)
+    return Work(recipe, tokenizer, data, model, room, path, objective, scalars, reference, progress)
 
 
 @contextmanager

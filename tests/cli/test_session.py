@@ -41,7 +41,7 @@ def test_json_then_the_same_run_again(run: Path, capsys: pytest.CaptureFixture[s
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert (result["run"], result["steps"]) == (str(run), 2)
-    assert result.keys() == {"run", "steps", "seconds", "peak_bytes", "eval_before", "eval_after"}
+    assert result.keys() == {"run", "steps", "seconds", "peak_bytes", "packing", "eval_before", "eval_after"}
     for when in ("eval_before", "eval_after"):
         assert {"eval_loss", "eval_rewards/accuracies", "eval_rewards/margins"} <= result[when].keys()
     assert "step 2/2" in done.stderr

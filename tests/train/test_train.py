@@ -72,7 +72,7 @@ def test_a_run_leaves_what_the_design_says(recipe: Callable) -> None:
         "recipe.yaml", "identity.json", "environment.json", "ledger.json", "metrics.jsonl", "speed.jsonl",
         "checkpoints", "adapter", "samples.json", "result.json", ".lock", "logps",
     }  # fmt: skip
-    assert run.result.keys() == {"run", "steps", "seconds", "peak_bytes", "eval_before", "eval_after"}
+    assert run.result.keys() == {"run", "steps", "seconds", "peak_bytes", "packing", "eval_before", "eval_after"}
     assert json.loads((run.folder / "result.json").read_text(encoding="utf-8")) == run.result
     assert run.result["steps"] == 10
     assert run.result["eval_before"]["eval_rewards/margins"] < run.result["eval_after"]["eval_rewards/margins"]

@@ -11,9 +11,10 @@ from transformers import TrainingArguments
 
 from lite.engine import score
 from lite.errors import RunError
-from lite.train import checkpoints, interrupt, metrics, train
+from lite.train import checkpoints, interrupt, metrics, samples, train
+from lite.train.arguments import arguments
 from lite.train.progress import Quiet
-from lite.train.trainer import Trainer, arguments
+from lite.train.trainer import Trainer
 from lite.train.work import read, set_up
 
 
@@ -34,6 +35,7 @@ def trainer(recipe: Callable) -> Callable[..., Trainer]:
             scalars=work.scalars,
             refresh=None,
             path=work.path,
+            room=work.room,
             evaluate=work.evaluate,
             folder=folder,
             progress=Quiet(),
@@ -190,14 +192,14 @@ def test_no_room_on_the_gpu_says_what_to_lower(trainer: Callable, monkeypatch: p
     monkeypatch.setattr(torch.autograd, "backward", full)
     with pytest.raises(RunError, match=r"Step 1: out of GPU memory, with \d+ tokens .* Tried to allocate") as caught:
         made.train()
-    assert "--tokens-per-pack" in str(caught.value)
+    assert "--max-length" in str(caught.value)
 
 
 def test_no_room_before_the_first_step_says_so_too(recipe: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has …")
 
-    monkeypatch.setattr(score, "measure", full)
+    monkeypatch.setattr(samples, "answers", full)
     with pytest.raises(RunError, match=r"Out of GPU memory. CUDA out of .*GiB\.\nLower --tokens-per-pack"):
         train(recipe())
 

@@ -41,6 +41,23 @@ def restart(decoder: nn.Module) -> None:
                 setattr(module, cached, module.original_max_seq_len)
 
 
+def still(model: nn.Module) -> None:
+    """Let factors stay those of short texts, for a dry run: a meta tensor has no longest position to ask for.
+
+    They are as many numbers whatever the length, so memory and time are the same.
+    """
+    for module in model.modules():
+        schemes = vars(module).get("rope_type")
+        if isinstance(schemes, dict):
+            module.rope_type = {layers: _without_length(scheme) for layers, scheme in schemes.items()}
+        elif isinstance(schemes, str):
+            module.rope_type = _without_length(schemes)
+
+
+def _without_length(scheme: str) -> str:
+    return "default" if scheme in ("dynamic", "longrope") else scheme
+
+
 def _schemes(settings: dict[str, Any]) -> list[dict[str, Any]]:
     """A config holds one scheme, or one for each type of layer (Gemma 3)."""
     rope = settings.get("rope_parameters") or {}

@@ -1,14 +1,12 @@
 """Branch attention: the table by hand, every backend against the plain twin, and every refusal."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import nn
 
 from lite.data.packs import Branch
 from lite.errors import ModelError
-from lite.model.attention import _varlen, branch_attention, install, plain_attention
+from lite.model.attention import branch_attention, install, plain_attention
 from lite.model.branches import BranchTable, Segment, segments
 from tests.architectures import ARCHITECTURES, VOCABULARY
 
@@ -28,14 +26,6 @@ def test_segments_of_a_pair_by_hand():
 def test_segments_of_a_forest_by_hand():
     assert list(segments(FOREST))[:2] == [Segment(0, 10, ((0, 10),)), Segment(10, 14, ((0, 6), (10, 14)))]
     assert list(segments(FOREST))[-1] == Segment(21, 25, ((14, 15), (21, 25)))
-
-
-def test_varlen_table_of_a_pair_by_hand():
-    queries, keys, gather, longest_q, longest_k = BranchTable.of(PAIR, "auto", torch.device("cpu")).varlen()
-    assert queries.tolist() == [0, 5, 8]
-    assert keys.tolist() == [0, 5, 11]
-    assert gather.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 5, 6, 7]
-    assert (longest_q, longest_k) == (5, 6)
 
 
 def visible(branches: tuple[Branch, ...], window: int | None) -> torch.Tensor:
@@ -147,16 +137,6 @@ def told_of_groups(*inputs, enable_gqa=False, **settings):
     """As torch 2.13 has it: grouped heads must be announced."""
     assert enable_gqa
     return documented_varlen(*inputs, **settings)
-
-
-@pytest.mark.parametrize("kernel", [documented_varlen, told_of_groups])
-@pytest.mark.parametrize("window", [None, 1, 3, 7, 100])
-def test_varlen_is_called_as_torch_documents_it(monkeypatch, kernel: Callable, window: int | None):
-    """The call of the CUDA kernel, in every supported version's signature, on a CPU."""
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
-    inputs = draw()
-    ours = _varlen(*inputs, BranchTable.of(FOREST, "varlen", torch.device("cpu")), 0.3, window, None)
-    assert torch.allclose(ours, plain_twin(*inputs, FOREST, window=window), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize(

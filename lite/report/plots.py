@@ -5,6 +5,7 @@ is an extra and imported here alone; its figures are used without pyplot, so tha
 """
 
 import html
+import importlib.util
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 KINDS = (".png", ".svg", ".html")
-# Okabe and Ito 2008: told apart by colour-blind readers and in print.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999", "#000000")
+# Told apart by colour-blind readers: those of Okabe and Ito 2008, then some of Paul Tol's muted ones.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
+COLOURS += ("#882255", "#44AA99", "#332288", "#DDCC77", "#117733", "#CCBBDD")
 GREY = "#666666"
 GIB, MIB = 2**30, 2**20
 NARROWEST = 0.03  # of the plot's width: a phase or a bar below it has no room for its name
@@ -79,6 +81,12 @@ def timeline(
     return _save(figure, file, title)
 
 
+def require(what: str = "plots") -> None:
+    """Raise ReportError where matplotlib is missing: to be asked before hours of work that end in a plot."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ReportError(f'{what}: matplotlib is needed for that and is not here. pip install "lite[plot]"')
+
+
 def _stack(
     axes: "Axes",
     parts: Mapping[str, Sequence[float]],
@@ -130,10 +138,9 @@ def _figure(file: Path, *, width: float, height: float) -> "Figure":
     """An empty figure of so many inches. Raises ReportError where none can be had, or could not be saved."""
     if file.suffix not in KINDS:
         raise ReportError(f"{file}: a plot cannot be saved so. Expected a name that ends in {', '.join(KINDS)}.")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ReportError(f'{file}: plots need matplotlib, which is not here. pip install "lite[plot]"') from None
+    require(str(file))
+    from matplotlib.figure import Figure
+
     return Figure(figsize=(width, height), layout="constrained")
 
 

@@ -90,6 +90,8 @@ def test_another_ending_is_refused(tmp_path: Path) -> None:
 
 
 def test_without_matplotlib_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr(sys, "path", [])
+    monkeypatch.setattr(sys, "meta_path", [])
+    monkeypatch.delitem(sys.modules, "matplotlib", raising=False)
     with pytest.raises(ReportError, match=r'pip install "lite\[plot\]"'):
         draw(tmp_path / "peaks.png")

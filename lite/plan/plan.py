@@ -1,0 +1,174 @@
+"""The plan of a recipe: whether it fits, at which settings, what takes the memory, how long it will take.
+
+Made without weights and without a GPU: from the model's config, or the catalogue's shape of it, and the lengths of the
+data. The same plan settles what a recipe leaves open before it trains.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lite.data.examples import TokenExample
+from lite.errors import ModelError
+from lite.plan import lengths, skeleton
+from lite.plan.advice import advice
+from lite.plan.lengths import Lengths
+from lite.plan.search import Candidate, Chosen, Tried, search
+from lite.plan.target import Target, at_hand, target
+from lite.plan.trials import SETTLED, Settings, Trials
+from lite.recipe import Recipe
+
+CONFIRMATIONS = 3  # whole runs at most, each with a layer more recomputed, before the least hungry settings are taken
+Said = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run of the recipe will take."""
+
+    recipe: Recipe  # with everything settled
+    fits: bool
+    target: Target
+    lengths: Lengths
+    settings: Settings
+    tokens: int  # of the largest pack
+    layers: int
+    peak_bytes: int  # of live tensors on the device
+    parts: dict[str, int]  # what the peak is made of, and `reserve`
+    weights: dict[str, int]  # of the frozen ones: layers, embedding, head, rest
+    host_bytes: int
+    step_seconds: float
+    longest_pair_tokens: int
+    tried: tuple[Tried, ...]
+    confirmed: bool  # whether the whole model was run, rather than a few layers of it
+    seconds: float  # that the plan took
+    advice: tuple[str, ...] = ()
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of training."""
+        return self.lengths.batch_tokens / self.step_seconds
+
+    @property
+    def training_seconds(self) -> float | None:
+        """Of all steps, if their number is known."""
+        return None if self.lengths.steps is None else self.lengths.steps * self.step_seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        """For programs; sizes in bytes."""
+        place = self.lengths.longest.place
+        return {
+            "fits": self.fits,
+            "peak_bytes": self.peak_bytes,
+            "budget_bytes": self.target.budget_bytes,
+            "memory_bytes": self.target.memory_bytes,
+            "parts": self.parts,
+            "weights": self.weights,
+            "host_bytes": self.host_bytes,
+            "longest_pair_tokens": self.longest_pair_tokens,
+            "tokens_per_pack": self.tokens,
+            "tokens_per_second": self.tokens_per_second,
+            "step_seconds": self.step_seconds,
+            "steps": self.lengths.steps,
+            "training_seconds": self.training_seconds,
+            "settings": {name: getattr(self.settings.into(self.recipe), name) for name in SETTLED},
+            "tried": [vars(one) for one in self.tried],
+            "longest_row": None if place is None else str(place),
+            "confirmed": self.confirmed,
+            "card": self.target.card.name,
+            "assumptions": list(self.target.assumptions),
+            "advice": list(self.advice),
+            "seconds": round(self.seconds, 3),
+        }
+
+
+def plan(
+    recipe: Recipe,
+    *,
+    rows: Lengths | None = None,
+    where: Target | None = None,
+    quick: bool = False,
+    advise: bool = True,
+    said: Said = lambda _: None,
+) -> Plan:
+    """The plan of a recipe for `where`, or for the machine that it names; `rows`: the data's lengths, if known.
+
+    quick: by a few layers alone; else the whole model's step is run once. Raises ModelError for a model whose step
+    cannot be run without its numbers.
+    """
+    started = time.perf_counter()
+    where = where or target(recipe)
+    rows = rows or lengths.assumed(recipe)
+    config = skeleton.config_of(recipe)
+    trials = Trials(recipe, config, rows, where)
+    said("running steps of a few layers")
+    try:
+        chosen = search(trials)
+        if not quick:
+            said("running a step of the whole model")
+        found = _confirmed(trials, chosen, quick=quick)
+    except (RuntimeError, NotImplementedError) as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ModelError(
+            f"{recipe.model}: its step cannot be run without its numbers, so no plan can be made of it: {first}"
+        ) from error
+    chosen, peak, parts, host, seconds = found
+    fits = chosen.fits and peak <= where.budget_bytes
+    parts = {**{name: round(size) for name, size in parts.items() if size}, "reserve": where.reserve_bytes}
+    made = Plan(
+        recipe=chosen.settings.into(recipe),
+        fits=fits,
+        target=where,
+        lengths=rows,
+        settings=chosen.settings,
+        tokens=chosen.tokens,
+        layers=trials.layers,
+        peak_bytes=round(peak),
+        parts=parts,
+        weights=trials.static(),
+        host_bytes=round(host),
+        step_seconds=seconds,
+        longest_pair_tokens=chosen.longest_pair_tokens,
+        tried=chosen.tried,
+        confirmed=not quick,
+        seconds=time.perf_counter() - started,
+    )
+    if fits or not advise:
+        return made
+    return replace(made, advice=tuple(advice(recipe, rows, where)), seconds=time.perf_counter() - started)
+
+
+def _confirmed(
+    trials: Trials, chosen: Chosen, *, quick: bool
+) -> tuple[Chosen, float, Counter[str] | dict[str, float], float, float]:
+    """The choice, its peak, the peak's parts, host bytes and seconds of a step; by the whole model unless `quick`."""
+    if quick:
+        counts = chosen.recomputed, chosen.kept
+        parts, host = chosen.law.parts_bytes(*counts), chosen.law.host_bytes(*counts)
+        return chosen, chosen.peak_bytes, parts, host, _seconds(trials, chosen)
+    for _ in range(CONFIRMATIONS):
+        outcome = trials.outcome(chosen.settings, chosen.tokens)
+        over = outcome.peak_bytes > trials.target.budget_bytes
+        if not (over and chosen.fits and chosen.kept and trials.recipe.recompute_layers is None):
+            break
+        chosen = _one_more(chosen)
+    seconds = _seconds(trials, chosen)
+    return chosen, outcome.peak_bytes, outcome.parts, outcome.host_bytes, seconds
+
+
+def _one_more(chosen: Chosen) -> Chosen:
+    levers = replace(chosen.settings.levers, recompute_layers=chosen.recomputed + 1)
+    settings = replace(chosen.settings, levers=levers)
+    return replace(chosen, settings=settings, recomputed=chosen.recomputed + 1, kept=chosen.kept - 1)
+
+
+def _seconds(trials: Trials, chosen: Chosen) -> float:
+    return Candidate(chosen.settings, chosen.tokens, chosen.law, chosen.recomputed).step_seconds(trials)
+
+
+def settled(recipe: Recipe, examples: Sequence[TokenExample], steps: int, said: Said = lambda _: None) -> Plan:
+    """The plan of a run on this machine, on the rows that it trains on."""
+    rows = lengths.of_examples(examples, recipe, steps)
+    return plan(recipe, rows=rows, where=at_hand(recipe), said=said)

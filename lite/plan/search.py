@@ -1,0 +1,275 @@
+"""The search for settings: the fastest that fit, by the law of a few layers; what was chosen is then run whole.
+
+Levers are a ladder, cheapest in time first, climbed only as far as memory demands. On the first rung where the longest
+example fits, the tokens of a pack and the number of recomputed layers are chosen together, by predicted time: longer
+packs share the cost of dequantising a weight, shorter ones leave room to recompute less. A lever that the recipe sets
+stays as it is set on every rung.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from lite.engine.forward import CHUNK_TOKENS
+from lite.memory.levers import Levers
+from lite.model.attention import can_keep
+from lite.plan.law import Law, between
+from lite.plan.trials import Settings, Trials
+
+SMALL_CHUNK_TOKENS = 128
+LONGEST_PACK = 32_768  # tokens: beyond it nothing is gained
+STRETCHES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)  # of the longest example, tried as tokens of a pack
+FAR = 4  # times as many tokens: the other end of the line on which packs of other lengths lie
+LONG_ATTENTION = 8192  # tokens of a pack from which on attention is more than a few percent of a forward
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A rung of the ladder, and the least that it needs: every layer recomputed, the longest example alone."""
+
+    words: str
+    least_bytes: int
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What the search ends with."""
+
+    settings: Settings
+    tokens: int  # of the pack that is planned for
+    law: Law
+    recomputed: int
+    kept: int
+    peak_bytes: int  # by the law
+    fits: bool
+    tried: tuple[Tried, ...]
+    longest_pair_tokens: int
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Settings whose layer counts are left open, and the counts."""
+
+    settings: Settings
+    tokens: int
+    law: Law
+    recomputed: int
+
+    def step_seconds(self, trials: Trials) -> float:
+        """Of an average step: as many packs as its tokens make."""
+        kept = trials.layers - self.recomputed
+        seconds = self.law.seconds(self.recomputed, kept)
+        if trials.recipe.signature.whole_batch:
+            seconds += self.law.once_more(self.recomputed, kept)
+        return seconds * trials.rows.batch_tokens / self.tokens
+
+
+def search(trials: Trials) -> Chosen:
+    """The fastest settings that fit; the least hungry ones, with `fits` false, if none do."""
+    tried: list[Tried] = []
+    ladder = list(rungs(trials))
+    for words, start in ladder:
+        tokens = _least_tokens(trials, start)
+        law = _law(trials, start, tokens)
+        fits = _least_recomputed(trials, law) is not None
+        tried.append(Tried(words, round(law.peak_bytes(*_most_recomputed(trials))), fits))
+        if fits:
+            break
+    else:
+        return _finish(trials, Candidate(start, tokens, law, _most_recomputed(trials)[0]), tried)
+    best = _fastest(trials, start, tokens, law)
+    if len(tried) == 1 and best.recomputed and len(ladder) > 1 and ladder[1][1].levers.embedding_on_host:
+        # A gather on the host takes a thousandth of a step, and what it frees recomputes a layer or two less.
+        start = ladder[1][1]
+        other = _fastest(trials, start, tokens, _law(trials, start, tokens))
+        best = min(best, other, key=lambda one: one.step_seconds(trials))
+    if len(tried) > 2:
+        best = _relaxed(trials, best, ladder[len(tried) - 1][1])
+    return _finish(trials, best, tried)
+
+
+def rungs(trials: Trials) -> Iterator[tuple[str, Settings]]:
+    """The ladder: each rung's name and its settings, layer counts left open; rungs that change nothing are left out."""
+    recipe, config = trials.recipe, trials.config.get_text_config()
+    on_card = trials.target.device_type == "cuda"
+    fixed = Levers.of(recipe)
+    start = Settings(
+        recipe.tokens_per_pack or 0,
+        recipe.chunk_tokens or CHUNK_TOKENS,
+        bool(recipe.split_pairs),
+        replace(fixed, recompute_layers=0),
+    )
+    steps: list[tuple[str, str, object, bool]] = [
+        ("the input embedding on the host", "embedding_on_host", True, on_card and not tied(trials)),
+        ("logits of fewer tokens at once", "chunk_tokens", SMALL_CHUNK_TOKENS, True),
+        ("checkpoints on the host", "offload_checkpoints", True, on_card and recipe.recompute_layers != 0),
+        ("the MLP in tiles", "mlp_tile_tokens", config.hidden_size, True),
+        ("pairs one completion at a time", "split_pairs", True, len(recipe.signature.completions) > 1),
+        ("frozen layers on the host", "layers_on_host", 1, on_card and recipe.recompute_layers != 0),
+    ]
+    yield "recomputed layers", start
+    for words, key, value, possible in steps:
+        if not possible or getattr(recipe, key) is not None:
+            continue
+        if key in ("chunk_tokens", "split_pairs"):
+            start = replace(start, **{key: value})
+        else:
+            start = replace(start, levers=replace(start.levers, **{key: value}))
+        yield words, start
+
+
+def _law(trials: Trials, settings: Settings, tokens: int) -> Law:
+    """The law of a rung; where only the embedding's place differs from the next one's, by arithmetic from that."""
+    streamed = settings.levers.layers_on_host > 0
+    fixed = trials.recipe.recompute_layers
+    kept = not streamed and (fixed is None or fixed < trials.layers)
+    movable = trials.target.device_type == "cuda" and trials.recipe.embedding_on_host is None and not tied(trials)
+    if movable and not settings.levers.embedding_on_host:
+        away = replace(settings, levers=replace(settings.levers, embedding_on_host=True))
+        return trials.law(away, tokens, kept=kept).heavier(trials.static()["embedding"])
+    return trials.law(settings, tokens, kept=kept)
+
+
+def tied(trials: Trials) -> bool:
+    """Whether the head is the input embedding, which then must stay on the device."""
+    return bool(getattr(trials.config.get_text_config(), "tie_word_embeddings", False))
+
+
+def _least_tokens(trials: Trials, settings: Settings) -> int:
+    unit = trials.rows.unit_tokens(split=settings.split_pairs)
+    return max(unit, settings.tokens_per_pack) if settings.tokens_per_pack else unit
+
+
+def _most_recomputed(trials: Trials) -> tuple[int, int]:
+    fixed = trials.recipe.recompute_layers
+    count = trials.layers if fixed is None else min(fixed, trials.layers)
+    return count, trials.layers - count
+
+
+def _least_recomputed(trials: Trials, law: Law) -> int | None:
+    """The fewest recomputed layers with which a pack fits; None if it does not with all of them."""
+    most, _ = _most_recomputed(trials)
+    fixed = trials.recipe.recompute_layers is not None or not law.of_kept
+    for count in (most,) if fixed else range(most + 1):
+        if law.peak_bytes(count, trials.layers - count) <= trials.target.budget_bytes:
+            return count
+    return None
+
+
+def _fastest(trials: Trials, start: Settings, tokens: int, law: Law) -> Candidate:
+    """Tokens of a pack and recomputed layers by predicted time of a step; then whether attention should be kept."""
+    streamed = start.levers.layers_on_host > 0
+
+    def candidate(settings: Settings, wide: int, here: Law) -> Candidate | None:
+        fewest = _least_recomputed(trials, here)
+        if fewest is None:
+            return None
+        return Candidate(settings, wide, here, trials.layers if streamed else fewest)
+
+    best = candidate(start, tokens, law)
+    assert best is not None
+    longest = max(tokens, min(trials.rows.most_tokens, LONGEST_PACK, round(tokens * STRETCHES[-1])))
+    if trials.recipe.tokens_per_pack is None and longest > 1.05 * tokens:
+        far = _law(trials, start, FAR * tokens)
+        for wide in sorted({min(longest, round(tokens * stretch)) for stretch in STRETCHES[1:]}):
+            other = candidate(start, wide, between(law, far, wide))
+            best = _faster(trials, best, other)
+    if best.recomputed and not streamed and best.tokens >= LONG_ATTENTION and _may_keep_attention(trials):
+        keeping = replace(start, levers=replace(start.levers, keep_attention=True))
+        best = _faster(trials, best, candidate(keeping, best.tokens, _law(trials, keeping, best.tokens)))
+    return best
+
+
+def _may_keep_attention(trials: Trials) -> bool:
+    capped = trials.config.to_dict().get("attn_logit_softcapping")
+    able = can_keep(trials.recipe.attn_implementation, trials.target.device_type)
+    return trials.recipe.keep_attention is None and able and not capped
+
+
+def _faster(trials: Trials, best: Candidate, other: Candidate | None) -> Candidate:
+    """The other if it is faster by more than the prediction is worth."""
+    if other is None or other.step_seconds(trials) > 0.99 * best.step_seconds(trials):
+        return best
+    return other
+
+
+def _relaxed(trials: Trials, best: Candidate, rung: Settings) -> Candidate:
+    """A rung holds all levers below it; those that this one makes needless are let go, the dearest in time first."""
+    rest = Settings(0, trials.recipe.chunk_tokens or CHUNK_TOKENS, bool(trials.recipe.split_pairs))
+    for change in (
+        {"split_pairs": rest.split_pairs},
+        {"mlp_tile_tokens": trials.recipe.mlp_tile_tokens or 0},
+        {"offload_checkpoints": bool(trials.recipe.offload_checkpoints)},
+        {"chunk_tokens": rest.chunk_tokens},
+    ):
+        (key, value), here = next(iter(change.items())), best.settings
+        if key in ("split_pairs", "chunk_tokens"):
+            without = replace(here, **change)
+        else:
+            without = replace(here, levers=replace(here.levers, **{key: value}))
+        if without == here or (not rung.levers.layers_on_host and key == _last_lever(rung, rest)):
+            continue
+        tokens = max(best.tokens, _least_tokens(trials, without))
+        law = _law(trials, without, tokens)
+        fewest = _least_recomputed(trials, law)
+        if fewest is not None:
+            count = trials.layers if without.levers.layers_on_host else fewest
+            best = Candidate(without, tokens, law, count)
+    return best
+
+
+def _last_lever(rung: Settings, rest: Settings) -> str:
+    """The lever that a rung adds to the one below."""
+    levers = rung.levers
+    order = (
+        ("split_pairs", rung.split_pairs),
+        ("mlp_tile_tokens", levers.mlp_tile_tokens),
+        ("offload_checkpoints", levers.offload_checkpoints),
+        ("chunk_tokens", rung.chunk_tokens != rest.chunk_tokens),
+    )
+    return next((key for key, pulled in order if pulled), "")
+
+
+def _finish(trials: Trials, best: Candidate, tried: list[Tried]) -> Chosen:
+    start, tokens, law, count = best.settings, best.tokens, best.law, best.recomputed
+    fits = _least_recomputed(trials, law) is not None
+    levers, peak = replace(start.levers, recompute_layers=count), law.peak_bytes(count, trials.layers - count)
+    if start.levers.layers_on_host:
+        fewest = _fewest_on_host(trials, law, count)
+        levers = replace(levers, layers_on_host=fewest)
+        peak += (count - fewest) * trials.static()["layers"] / trials.layers
+    if count == 0:
+        levers = replace(levers, offload_checkpoints=False, keep_attention=False)
+    split = start.split_pairs and trials.rows.longest.tokens > tokens
+    settings = Settings(
+        trials.recipe.tokens_per_pack or max(tokens, 8),
+        start.chunk_tokens,
+        split if trials.recipe.split_pairs is None else start.split_pairs,
+        levers,
+    )
+    longest = _longest(trials, start, tokens, law) if fits else 0
+    return Chosen(settings, tokens, law, count, trials.layers - count, round(peak), fits, tuple(tried), longest)
+
+
+def _fewest_on_host(trials: Trials, law: Law, count: int) -> int:
+    """Layers that must lie on the host: each one that need not adds its weights to the device."""
+    if trials.recipe.layers_on_host is not None:
+        return min(trials.recipe.layers_on_host, count)
+    room = trials.target.budget_bytes - law.peak_bytes(count, trials.layers - count)
+    layer_bytes = trials.static()["layers"] / trials.layers
+    return max(0, min(count, count - math.floor(room / layer_bytes)))
+
+
+def _longest(trials: Trials, start: Settings, tokens: int, law: Law) -> int:
+    """Tokens of the longest example that fits under these levers, every layer recomputed where that is left open."""
+    r, p = _most_recomputed(trials)
+    far = _law(trials, start, FAR * tokens)
+    low, high = tokens, 2**22
+    while high - low > 1:
+        middle = (low + high) // 2
+        if between(law, far, middle).peak_bytes(r, p) <= trials.target.budget_bytes:
+            low = middle
+        else:
+            high = middle
+    return low

@@ -1,0 +1,113 @@
+"""The target: the machine that is planned for, at hand or named, and what of its memory a step may take."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from lite.errors import RecipeError
+from lite.model import load
+from lite.plan import cards
+from lite.plan.cards import Card
+from lite.recipe import Recipe
+from lite.sizes import GIB, in_gib, size_bytes
+from lite.spellings import nearest
+
+ASSUMED_CARD_GIB = 24  # where there is no GPU and none is named
+CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a step may take, where, and how fast it is."""
+
+    device_type: str  # cuda or cpu
+    card: Card
+    budget_bytes: int  # of live tensors
+    memory_bytes: int  # of the card, or free on this machine
+    host_bytes: int | None  # free beside it; None of a machine that is not at hand
+    dtype: torch.dtype
+    at_hand: bool
+    assumptions: tuple[str, ...] = ()
+
+    @property
+    def reserve_bytes(self) -> int:
+        """What is left to the context, to fragmentation, to the rest of the process."""
+        return self.memory_bytes - self.budget_bytes
+
+
+def target(recipe: Recipe, *, card: str | None = None) -> Target:
+    """The machine that the recipe names by `device` and `vram`, or `card`; without them this one.
+
+    Without a GPU here and without `vram`, `card` or device cpu, a card of 24 GB is assumed, and said. Raises
+    RecipeError for an unknown card and ModelError for a device that is not there.
+    """
+    if card is not None or recipe.vram is not None or (recipe.device != "cpu" and not torch.cuda.is_available()):
+        if recipe.device == "cpu":
+            raise RecipeError("device = cpu beside a card: a plan is for one of them. Leave one out.")
+        return _named(recipe, card)
+    return at_hand(recipe)
+
+
+def at_hand(recipe: Recipe) -> Target:
+    """This machine, as a run of the recipe would find it; `vram` caps what it takes of its memory."""
+    device, dtype = load.device(recipe), load.compute_dtype(recipe)
+    cap = size_bytes(recipe.vram) if recipe.vram else None
+    host = free_host_bytes()
+    if device.type == "cpu":
+        free = round(host * cards.HOST_FREE)
+        budget = min(free, cap) if cap else free
+        card = cards.measured(device, dtype, host, "this CPU")
+        return Target("cpu", card, budget, host, host, dtype, True)
+    free, total = torch.cuda.mem_get_info(device)
+    memory = min(total, cap) if cap else total
+    name = torch.cuda.get_device_name(device)
+    card = cards.by_device_name(name, memory) or cards.measured(device, dtype, memory, name)
+    # What other programs hold of it, a desktop or another run, is not this one's.
+    taken = max(0, total - free - cards.CONTEXT_BYTES)
+    budget = min(card.usable_bytes, Card.usable_bytes.fget(_resized(card, total - taken)))  # type: ignore[attr-defined]
+    said = (f"{in_gib(taken)} of the card are taken by other programs",) if taken > 0.5 * GIB else ()
+    return Target("cuda", card, budget, memory, host, dtype, True, said)
+
+
+def _named(recipe: Recipe, name: str | None) -> Target:
+    said = []
+    size = size_bytes(recipe.vram) if recipe.vram else None
+    if name is not None:
+        if name.lower() not in cards.CARDS:
+            near = nearest(name.lower(), cards.CARDS)
+            known = ", ".join(cards.CARDS)
+            raise RecipeError(
+                f"--card {name}: not known." + (f" Did you mean {near}?" if near else "") + f" Known: {known}."
+            )
+        found = cards.CARDS[name.lower()]
+        card = _resized(found, size or found.memory_bytes)
+    else:
+        if size is None:
+            size = ASSUMED_CARD_GIB * GIB
+            said.append(f"no GPU here: a card of {ASSUMED_CARD_GIB} GB is assumed; --vram or --card names another")
+        card = cards.of_size(size)
+        said.append(f"speed: that of a {card.name}; --card names another")
+    dtype = torch.float32 if recipe.dtype == "float32" else torch.bfloat16
+    return Target("cuda", card, card.usable_bytes, card.memory_bytes, None, dtype, False, tuple(said))
+
+
+def _resized(card: Card, memory_bytes: int) -> Card:
+    return Card(card.name, memory_bytes, card.operations, card.bandwidth, card.pcie, card.efficiency, card.launch_s)
+
+
+def free_host_bytes() -> int:
+    """Memory of this machine that is free for a process, within the limits of its container."""
+    free = psutil.virtual_memory().available
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            most = (CGROUP / limit).read_text().strip()
+            if most.isdigit():
+                free = min(free, max(0, int(most) - int((CGROUP / used).read_text())))
+        except OSError:
+            continue
+    return free

@@ -1,0 +1,113 @@
+"""Trials: dry runs of a few layers under given settings, each skeleton and each outcome made once."""
+
+from dataclasses import dataclass, replace
+
+from peft import PeftModel
+from transformers import PreTrainedConfig
+
+from lite.device import meta_stands_for
+from lite.engine.layout import layout_of, path_of
+from lite.memory.checkpoint import checkpoint_layers
+from lite.memory.levers import Levers, pull
+from lite.memory.meter import frozen_tensors
+from lite.model.layers import decoder_layers
+from lite.plan import dry_run, lengths, skeleton
+from lite.plan.dry_run import Outcome
+from lite.plan.law import Law, law
+from lite.plan.target import Target
+from lite.recipe import Recipe
+
+# What a plan chooses, by the recipe's names.
+SETTLED = (
+    "tokens_per_pack", "chunk_tokens", "split_pairs", "recompute_layers", "keep_attention", "offload_checkpoints",
+    "embedding_on_host", "mlp_tile_tokens", "layers_on_host",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the planner chooses: the layout, the head's chunk, and the levers."""
+
+    tokens_per_pack: int
+    chunk_tokens: int
+    split_pairs: bool = False
+    levers: Levers = Levers()  # noqa: RUF009, a frozen dataclass
+
+    def into(self, recipe: Recipe) -> Recipe:
+        """The recipe with these settings."""
+        return recipe.model_copy(
+            update={
+                "tokens_per_pack": self.tokens_per_pack,
+                "chunk_tokens": self.chunk_tokens,
+                "split_pairs": self.split_pairs,
+                **vars(self.levers),
+            }
+        )
+
+
+class Trials:
+    """Runs steps of the recipe's model with a few layers."""
+
+    def __init__(self, recipe: Recipe, config: PreTrainedConfig, rows: lengths.Lengths, target: Target) -> None:
+        self.recipe, self.config, self.rows, self.target = recipe, config, rows, target
+        self.layers = skeleton.layers_of(config)
+        self._skeletons: dict[tuple[object, ...], PeftModel] = {}
+        self._laws: dict[tuple[object, ...], Law] = {}
+        self.runs = 0
+
+    def law(self, settings: Settings, tokens: int, *, kept: bool = True) -> Law:
+        """The law of a pack of `tokens` under settings whose layer counts are left open."""
+        key = (settings, tokens, kept)
+        if key not in self._laws:
+            streamed = settings.levers.layers_on_host > 0
+            in_flight = settings.levers.offload_checkpoints
+
+            def run(r: int, p: int) -> Outcome:
+                levers = replace(settings.levers, recompute_layers=r, layers_on_host=r if streamed else 0)
+                return self.outcome(replace(settings, levers=levers), tokens, layers=r + p)
+
+            self._laws[key] = law(run, tokens, least=3 if in_flight else 1, kept=kept)
+        return self._laws[key]
+
+    def outcome(self, settings: Settings, tokens: int, *, layers: int | None = None) -> Outcome:
+        """A step with one pack of `tokens` (two, where a pair is split) on so many layers, or on all of them."""
+        self.runs += 1
+        recipe, device_type = settings.into(self.recipe), self.target.device_type
+        with meta_stands_for(device_type):
+            model = self._skeleton(settings.levers, layers)
+            layout = replace(layout_of(recipe, model), padded=False, tokens_per_pack=tokens)
+            batch = lengths.batch_of(self.rows, layout, tokens)
+            card = self.target.card
+            return dry_run.dry_run(model, batch, recipe, path_of(recipe), card=card, device_type=device_type)
+
+    def static(self) -> dict[str, int]:
+        """Bytes of the frozen weights: of the layers, the input embedding, the head, and the rest."""
+        with meta_stands_for(self.target.device_type):
+            model = self._skeleton(Levers(), 2)
+        base = model.get_base_model()
+        embedding, head = base.get_input_embeddings().weight, base.get_output_embeddings().weight
+        per_layer = [sum(t.nbytes for t in frozen_tensors(layer)) for layer in decoder_layers(model).values()]
+        total = sum({t.untyped_storage()._cdata: t.nbytes for t in frozen_tensors(model)}.values())
+        tied = embedding is head
+        found = {"embedding": embedding.nbytes, "head": 0 if tied else head.nbytes}
+        rest = total - sum(per_layer) - sum(found.values())
+        return {"layers": per_layer[-1] * self.layers, **found, "rest": rest}
+
+    def _skeleton(self, levers: Levers, layers: int | None) -> PeftModel:
+        # What these levers do to a model cannot be undone; recomputation is set anew each time.
+        key = (layers, levers.embedding_on_host, levers.mlp_tile_tokens, levers.layers_on_host)
+        if key not in self._skeletons or layers is None:
+            model = skeleton.skeleton(self.recipe, self.config, self.target.dtype, layers=layers)
+            pull(model, levers)
+            if layers is None:
+                return model
+            self._skeletons[key] = model
+        else:
+            _recompute(self._skeletons[key], levers)
+        return self._skeletons[key]
+
+
+def _recompute(model: PeftModel, levers: Levers) -> None:
+    checkpoint_layers(
+        model, levers.recompute_layers, offload=levers.offload_checkpoints, keep_attention=levers.keep_attention
+    )

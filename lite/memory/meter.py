@@ -36,6 +36,7 @@ class Meter(TorchDispatchMode):
         self.peaks: Counter[str] = Counter()  # of each phase, on the device
         self.parts: Counter[str] = Counter()  # live bytes on the device, by part
         self.at_top: Counter[str] = Counter()  # the same at the peak
+        self.static: Counter[str] = Counter()  # the same where the step begins
         self.phase_at_top = "idle"
         self._known: dict[int, tuple[int, str, str, Any]] = {}
 
@@ -56,9 +57,15 @@ class Meter(TorchDispatchMode):
             else:
                 self._add(tensor, part)
 
+    def lies(self, tensor: Tensor) -> str:
+        """`device` or `host`; of a tensor that was never seen, `device`."""
+        known = self._known.get(tensor.untyped_storage()._cdata)
+        return known[1] if known else "device"
+
     def begin(self) -> None:
         """Forget peaks and trace: what is live now is what a step starts from."""
         self.top, self.peaks, self.at_top = dict(self.live), Counter(), Counter(self.parts)
+        self.static = Counter(self.parts)
         if self.trace is not None:
             self.trace.clear()
 
@@ -75,7 +82,11 @@ class Meter(TorchDispatchMode):
             self._touch(inside)
         if self.trace is not None:
             self.trace.append((name, self.live["device"]))
+        self.seen(name, args, kwargs or {}, out)
         return out
+
+    def seen(self, name: str, args: tuple, kwargs: dict, out: Any) -> None:
+        """An operator has run; for those who count more than bytes."""
 
     def _part(self, name: str, tensor: Tensor) -> str:
         if name.startswith("bitsandbytes::dequantize"):

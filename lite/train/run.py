@@ -78,12 +78,15 @@ def require_free(recipe: Recipe) -> None:
         )
 
 
-def new_folder(recipe: Recipe) -> Path:
-    """Make the folder of a run: the recipe's `output_dir`, else runs/METHOD-MODEL-TIME, which nobody else has taken."""
+def new_folder(recipe: Recipe, *, kind: str = "") -> Path:
+    """Make the folder of a run: the recipe's `output_dir`, else runs/METHOD-MODEL-TIME, which nobody else has taken.
+
+    kind: before the method, where it is no run.
+    """
     if recipe.output_dir is not None:
         return _made(Path(recipe.output_dir), exist_ok=True)
     method, model = recipe.method.rpartition(":")[2], Path(recipe.model).name
-    first = RUNS / re.sub(r"[^\w.-]+", "-", f"{method}-{model}-{time.strftime('%Y%m%d-%H%M%S')}")
+    first = RUNS / re.sub(r"[^\w.-]+", "-", f"{kind}{method}-{model}-{time.strftime('%Y%m%d-%H%M%S')}")
     folder = first
     for number in itertools.count(2):
         try:

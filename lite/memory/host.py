@@ -45,7 +45,7 @@ def lasting(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> T
                 "layers on the host."
             )
         # Of the storage, which views share: the pages must stay pinned for as long as any copy can read them.
-        weakref.finalize(buffer.untyped_storage(), cuda.cudaHostUnregister, address)
+        weakref.finalize(buffer.untyped_storage(), cuda.cudaHostUnregister, address).atexit = False
     return buffer
 
 

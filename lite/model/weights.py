@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import torch
-from bitsandbytes.nn import Int8Params, Params4bit
+from bitsandbytes.nn import Int8Params, Linear4bit, Params4bit
 from torch import Tensor, nn
 
 from lite.model.layers import decoder_layers
@@ -18,25 +18,27 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def move_but_first(model: nn.Module, device: torch.device, count: int) -> None:
-    """Move everything to `device` but the first `count` decoder layers, which stay where they were loaded."""
+    """Move a frozen model to `device`, all but the first `count` decoder layers, which stay where they were loaded."""
     staying = {inner for layer in list(decoder_layers(model).values())[:count] for inner in layer.modules()}
+    moved: dict[nn.Parameter, nn.Parameter] = {}  # tied ones stay tied
     for module in model.modules():
-        if module not in staying:
-            _move(module, device)
+        if module in staying:
+            continue
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if parameter not in moved:
+                    moved[parameter] = _moved(parameter, device)
+                module._parameters[name] = moved[parameter]
+        if isinstance(module, Linear4bit):
+            module.weight.module, module.quant_state = module, module.weight.quant_state
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(device)
 
 
-def _move(module: nn.Module, device: torch.device) -> None:
-    for name, parameter in module._parameters.items():
-        if isinstance(parameter, Params4bit | Int8Params):
-            # Their own `to` takes the scales along, into a new parameter.
-            module._parameters[name] = moved = parameter.to(device)
-            if isinstance(moved, Params4bit):
-                moved.module, module.quant_state = module, moved.quant_state
-        elif parameter is not None:
-            parameter.data = parameter.data.to(device)  # in place: tied ones stay tied
-    for name, buffer in module._buffers.items():
-        if buffer is not None:
-            module._buffers[name] = buffer.to(device)
+def _moved(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
+    if isinstance(parameter, Params4bit | Int8Params):
+        return parameter.to(device)  # into a new parameter, with its scales
+    return nn.Parameter(parameter.data.to(device), requires_grad=False)
 
 
 def _scales(model: nn.Module) -> Iterator[Tensor]:

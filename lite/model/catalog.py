@@ -165,6 +165,14 @@ def resolve(name: str) -> str:
     )
 
 
+def shape_of(name: str) -> Shape | None:
+    """The shape of a model by alias or hub name; None of a folder and of what the catalogue has not."""
+    if (Path(name) / "config.json").is_file():
+        return None
+    by_hub = {shape.hub: shape for shape in CATALOG.values()}
+    return CATALOG.get(name.lower()) or by_hub.get(name)
+
+
 def config(shape: Shape) -> "PreTrainedConfig":
     """A transformers config of this shape, for plans and benchmarks without a download.
 

@@ -36,6 +36,7 @@ class Plan:
     tokens: int  # of the largest pack
     layers: int
     peak_bytes: int  # of live tensors on the device
+    loaded_bytes: int  # of these, what is there before the first step: weights and adapters
     parts: dict[str, int]  # what the peak is made of, and `reserve`
     weights: dict[str, int]  # of the frozen ones: layers, embedding, head, rest
     host_bytes: int
@@ -50,6 +51,12 @@ class Plan:
     def tokens_per_second(self) -> float:
         """Of training."""
         return self.lengths.batch_tokens / self.step_seconds
+
+    @property
+    def levers_on_host(self) -> bool:
+        """Whether anything was put into host memory to make room."""
+        levers = self.settings.levers
+        return levers.offload_checkpoints or levers.embedding_on_host or levers.layers_on_host > 0
 
     @property
     def training_seconds(self) -> float | None:
@@ -126,6 +133,7 @@ def plan(
         tokens=chosen.tokens,
         layers=trials.layers,
         peak_bytes=round(peak),
+        loaded_bytes=parts.get("weights", 0) + parts.get("adapters", 0),
         parts=parts,
         weights=trials.static(),
         host_bytes=round(host),

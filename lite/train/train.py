@@ -17,6 +17,7 @@ from lite.model import adapters
 from lite.model.head import unwrapped
 from lite.recipe import Recipe
 from lite.train import checkpoints, failures, interrupt, judged, machine, metrics, run, samples
+from lite.train.memory import Comparison
 from lite.train.progress import Progress, Quiet
 from lite.train.run import Run
 from lite.train.trainer import Trainer, state
@@ -36,7 +37,7 @@ def train(recipe: Recipe, progress: Progress | None = None) -> Run:
         work = set_up(recipe, *read(recipe, progress), progress, open_until=open_until)
         folder = run.new_folder(recipe)
         # Not where it lies: so that the saved recipe, given to --recipe, makes a run of its own.
-        work = replace(work, recipe=recipe.model_copy(update={"output_dir": None}))
+        work = replace(work, recipe=work.recipe.model_copy(update={"output_dir": None}))
         with run.alone(folder), run.going_on(folder):
             run.require_free(recipe)  # another process may have trained there while this one loaded
             _write_start(work, folder)
@@ -74,7 +75,7 @@ def resume(folder: str | Path, max_steps: int | None = None, progress: Progress 
             run.require_same(folder, now, but=but)
             start_adapter = folder / run.START_ADAPTER
             kept = start_adapter if start_adapter.is_dir() else None
-            work = set_up(longer, tokenizer, data, progress, open_until=open_until, start_adapter=kept)
+            work = set_up(longer, tokenizer, data, progress, open_until=open_until, start_adapter=kept, go_on=True)
             run.require_same(folder, {"model": work.identity()["model"]})
             if max_steps is not None:
                 run.extend(folder, longer, work.identity())
@@ -87,6 +88,8 @@ def _write_start(work: Work, folder: Path) -> None:
     if (start_adapter := adapters.continued_from(work.recipe)) is not None:
         run.keep_start_adapter(folder, start_adapter)
     notes = {run.ENVIRONMENT: machine.environment(work.model.device), run.LEDGER: work.data.ledger.to_dict()}
+    if work.plan:
+        notes[run.PLAN] = work.plan.to_dict()
     run.create(folder, work.recipe, work.identity(), notes, skipped=work.data.bad_rows)
 
 
@@ -111,6 +114,9 @@ def _carry_out(work: Work, folder: Path, checkpoint: Path | None, started: float
     )
     if checkpoint is None:
         _look(trainer, work, folder, "before")
+    if work.plan:
+        machine.make_ready(work.model.device)  # the peak is that of the steps
+        trainer.planned = Comparison.of(work.plan, work.model.device)
     with interrupt.listening(request):
         if done < len(batches):
             progress.steps(len(batches), done)

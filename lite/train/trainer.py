@@ -34,6 +34,7 @@ from lite.train import checkpoints, failures, machine, metrics
 from lite.train.arguments import arguments
 from lite.train.batches import Batches
 from lite.train.interrupt import Request
+from lite.train.memory import Comparison
 from lite.train.progress import Progress
 from lite.train.recovery import Room
 from lite.train.refresh import Refresh
@@ -73,6 +74,7 @@ class Trainer(transformers.Trainer):
         self.folder = folder
         self.progress = progress
         self.interval = metrics.Interval()
+        self.planned: Comparison | None = None  # until the first step's peak is known
         super().__init__(
             model=model,
             args=arguments(recipe, folder, len(batches), device=model.device, evaluates=evaluate is not None),
@@ -255,6 +257,10 @@ class _Watch(TrainerCallback):
             "tokens_per_second": tokens / seconds,
             "memory_bytes": machine.peak_bytes(args.device),
         }
+        if trainer.planned:
+            speed["planned_bytes"] = trainer.planned.planned_bytes
+            trainer.progress.note(trainer.planned.told(args.device))
+            trainer.planned = None
         metrics.append(trainer.folder / metrics.SPEED, {"step": state.global_step, **speed})
         trainer.progress.step(state.global_step, {**trainer.latest, **speed})
         if state.global_step == state.max_steps:

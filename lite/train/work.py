@@ -25,16 +25,18 @@ from lite.engine.forward import Path as ForwardPath
 from lite.engine.objective import Objective
 from lite.engine.optimizer import require as require_optimizer
 from lite.engine.scalars import Scalars
-from lite.memory.checkpoint import checkpoint_layers
+from lite.memory.levers import Levers, pull
 from lite.model import adapters, load
 from lite.model.attention import install
 from lite.model.head import unwrapped
+from lite.plan.plan import Plan
 from lite.recipe import Recipe
 from lite.reference import precompute
 from lite.reference.lookup import Cached, FromColumns
 from lite.reference.store import Store
 from lite.train import judged, machine, trackers
 from lite.train.batches import Batches
+from lite.train.memory import plan_run
 from lite.train.progress import Progress
 from lite.train.recovery import Room
 from lite.train.refresh import Refresh
@@ -54,6 +56,7 @@ class Work:
     scalars: Scalars
     reference: Reference | None
     progress: Progress
+    plan: Plan | None  # of its memory; None of a model that cannot be planned
 
     @property
     def layout(self) -> Layout:
@@ -141,12 +144,18 @@ def set_up(
     *,
     open_until: ExitStack,
     start_adapter: Path | None = None,
+    go_on: bool = False,
 ) -> Work:
     """Everything up to step 1; `start_adapter` stands in for the one that the recipe goes on from.
+
+    The memory settings that the recipe leaves open are settled first, by the plan, which stops a run that does not fit
+    unless it has to `go_on`.
 
     The reference's log-probs are in the cache when this returns, which stays open until `open_until` closes. No run has
     been written yet, so a user's mistake leaves no folder behind.
     """
+    recipe, plan = plan_run(recipe, data, planned_steps(recipe, data), progress, go_on=go_on)
+    levers = Levers.of(recipe)
     here = recipe if start_adapter is None else recipe.model_copy(update={"adapter": str(start_adapter), "run": None})
     compares = recipe.signature.reference and not recipe.ref_columns
     store = open_until.enter_context(Store.open(Path(recipe.cache) if recipe.cache else None)) if compares else None
@@ -157,8 +166,8 @@ def set_up(
             filled = precompute.by_model(recipe, store, examples, tokenizer, progress.rows, progress.stage)
     progress.stage(f"loading {recipe.model}")
     machine.make_ready(load.device(recipe))
-    model = adapters.attach(load.load_model(recipe), here)
-    checkpoint_layers(model, recipe.recompute_layers)
+    model = adapters.attach(load.load_model(recipe, host_layers=levers.layers_on_host), here)
+    pull(model, levers)
     path, chosen = layout.path_of(recipe), layout.layout_of(recipe, model)
     if recipe.self_check:
         progress.stage("comparing with the plain model")
@@ -176,7 +185,7 @@ def set_up(
     scalars = Scalars.of(recipe, model.device)
     objective = Objective.of(recipe.signature, recipe.hyperparameters, scalars.values)
     room = Room(chosen, progress.note)
-    return Work(recipe, tokenizer, data, model, room, path, objective, scalars, reference, progress)
+    return Work(recipe, tokenizer, data, model, room, path, objective, scalars, reference, progress, plan)
 
 
 @contextmanager

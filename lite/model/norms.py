@@ -63,10 +63,10 @@ def _same(norm: nn.Module) -> bool:
     weight = norm.weight
     if weight.requires_grad:
         return False
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     if weight.is_meta:  # tried with another weight, so that a dry run computes as the real one
         norm = copy.copy(norm)
-        weight = torch.randn(weight.shape, generator=generator).to(weight.dtype)
+        weight = torch.randn(weight.shape, generator=generator, device="cpu").to(weight.dtype)
         norm._parameters = {"weight": nn.Parameter(weight, requires_grad=False)}
-    trial = torch.randn(4, len(weight), generator=generator).to(device=weight.device, dtype=weight.dtype)
+    trial = torch.randn(4, len(weight), generator=generator, device="cpu").to(device=weight.device, dtype=weight.dtype)
     return torch.equal(norm(trial), rms_norm(trial, weight, norm.variance_epsilon))

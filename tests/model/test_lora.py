@@ -1,8 +1,6 @@
 """The forward of adapted layers: equal to peft's in fp32, as exact as bf16 allows, and without a copy of its input."""
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -11,6 +9,7 @@ from torch import Tensor, nn
 
 from lite.memory.checkpoint import checkpoint_layers
 from lite.model import lora
+from tests.model.quantised import saved_tensors, stored
 from tests.model.tiny import tiny_model
 
 TARGETS = ["q_proj", "o_proj", "up_proj", "down_proj"]
@@ -43,19 +42,6 @@ def gradients(model: PeftModel, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]
     loss = model(ids).logits.float().log_softmax(-1)[..., 5].sum()
     loss.backward()
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-@contextmanager
-def saved_tensors() -> Iterator[list[Tensor]]:
-    """Every tensor that autograd keeps for backward while this is open."""
-    kept: list[Tensor] = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        yield kept
 
 
 def bytes_of(tensors: list[Tensor]) -> int:
@@ -92,6 +78,31 @@ def test_in_bf16_it_is_no_worse_than_pefts_fp32_adapter():
             _, found = gradients(model, rows)
             worst[label] += sum((found[n] - g).norm().item() / g.norm().item() for n, g in expected.items())
     assert worst["ours"] < 1.1 * worst["theirs"]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_on_a_quantised_base_it_is_the_layer_and_then_its_adapter(kind: str, bias: bool):
+    """Values bit for bit, gradients up to bf16's rounding; kept are x and x Aᵀ, and no weight that was dequantised."""
+    torch.manual_seed(5)
+    base = nn.Sequential(stored(nn.Linear(128, 192, bias=bias), kind))
+    model = shaken(get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=["0"])))  # scale 2
+    assert lora.replace_forward(model) == 1
+    layer = model.get_base_model()[0]
+    x, up = torch.randn(2, 16, 128).bfloat16().requires_grad_(), torch.randn(2, 16, 192).bfloat16()
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    with saved_tensors() as tensors:
+        result = layer(x)
+    masters = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+    kept = [t for t in tensors if t.untyped_storage().data_ptr() not in masters]
+    assert bytes_of(kept) == 2 * 32 * (128 + 4)
+    found = torch.autograd.grad(result, [x, a, b], up)
+    apart = torch.addmm(
+        layer.base_layer(x).flatten(0, 1), x.flatten(0, 1) @ a.bfloat16().T, b.bfloat16().T, alpha=2.0
+    ).view_as(result)
+    assert torch.equal(result, apart)
+    for ours, plain in zip(found, torch.autograd.grad(apart, [x, a, b], up), strict=True):
+        assert float((ours - plain).norm()) < 1e-2 * float(plain.norm())
 
 
 def test_the_masters_stay_fp32_and_get_fp32_gradients(ids: Tensor):

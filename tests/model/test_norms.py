@@ -1,5 +1,7 @@
 """RMSNorm against transformers' own: the same values bit for bit, gradients no worse, a fraction of what is kept."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -78,6 +80,15 @@ def test_which_norms_are_replaced(tiny_model, architecture: str, a_layer: int, b
     before = model(input_ids=ids).logits
     assert replace_norms(model) == a_layer * model.config.num_hidden_layers + beside
     assert torch.equal(model(input_ids=ids).logits, before)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "llama", "gemma2"])
+def test_on_meta_the_same_norms_are_replaced(tiny_model, architecture: str):
+    real = tiny_model(architecture).requires_grad_(False)
+    skeleton = copy.deepcopy(real).to("meta")
+    with torch.device("meta"):
+        assert replace_norms(skeleton) == replace_norms(real)
+    assert all(parameter.is_meta for parameter in skeleton.parameters())
 
 
 def test_a_norm_that_is_trained_is_left_alone(tiny_model):

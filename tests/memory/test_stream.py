@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lite.engine.forward import Path, scored_tokens
 from lite.errors import ModelError
 from lite.memory.checkpoint import checkpoint_layers
+from lite.memory.embedding import host_embedding
 from lite.memory.host import host_tensors
 from lite.memory.stream import ALIGNMENT, stream_layers
 from lite.model import adapters
@@ -64,6 +65,16 @@ def test_backward_may_begin_with_a_layer_that_has_no_adapter(kind: str):
     of = batch(70)
     plain = gradients(adapted(kind=kind, targets=["q_proj"]), of.packs)
     assert same(gradients(streamed(kind=kind, targets=["q_proj"]), of.packs), plain)
+
+
+@pytest.mark.parametrize("architecture", ["gemma3", "phi3-longrope", "qwen3-moe"])
+def test_all_that_lies_on_the_host_together(architecture: str):
+    """Also where layers have kinds of their own, experts, or rotary factors that depend on the text."""
+    targets = ["qkv_proj" if architecture.startswith("phi3") else "q_proj", "o_proj"]
+    plain = step(adapted(architecture, num_hidden_layers=3, targets=targets), batch(70))
+    model = streamed(architecture, num_hidden_layers=3, targets=targets, count=3, offload=True)
+    host_embedding(model)
+    assert same(step(model, batch(70)), plain)
 
 
 def test_evaluation_and_the_adapter_off():

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+PART_ROWS = 8192
+
 
 def replace_norms(model: nn.Module) -> int:
     """Let every frozen RMSNorm of `model` compute as `rms_norm` below; returns how many.
@@ -39,19 +41,34 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        precise = x.to(torch.float32)
-        scale = torch.rsqrt(precise.square().mean(-1, keepdim=True) + epsilon)  # (…, 1)
+        rows = x.flatten(0, -2)  # (T, D)
+        result, scale = torch.empty_like(rows), rows.new_empty(len(rows), 1, dtype=torch.float32)
+        for part in _parts(len(rows)):
+            precise = rows[part].to(torch.float32)
+            scale[part] = torch.rsqrt(precise.square().mean(-1, keepdim=True) + epsilon)
+            torch.mul(weight, (precise * scale[part]).to(x.dtype), out=result[part])
+            del precise  # else it lives beside the next part's
         ctx.save_for_backward(x, weight, scale)
-        return weight * (precise * scale).to(x.dtype)
+        return result.view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         x, weight, scale = ctx.saved_tensors
-        grad = (grad * weight).to(torch.float32)
-        unit = x.to(torch.float32) * scale
-        along = (grad * unit).mean(-1, keepdim=True)
-        return grad.addcmul_(unit, along, value=-1).mul_(scale).to(x.dtype), None, None
+        rows, grads = x.flatten(0, -2), grad.flatten(0, -2)
+        result = torch.empty_like(rows)
+        for part in _parts(len(rows)):
+            slope = (grads[part] * weight).to(torch.float32)
+            unit = rows[part].to(torch.float32).mul_(scale[part])
+            along = (slope * unit).mean(-1, keepdim=True)
+            result[part] = slope.addcmul_(unit, along, value=-1).mul_(scale[part])
+            del slope, unit
+        return result.view(x.shape), None, None
+
+
+def _parts(count: int) -> list[slice]:
+    """Rows to take at once, for each goes up to fp32 several times over: of a long pack all together is the peak."""
+    return [slice(start, min(start + PART_ROWS, count)) for start in range(0, max(count, 1), PART_ROWS)]
 
 
 def _forward(norm: nn.Module, hidden_states: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from lite.plan.law import Law, between
 from lite.plan.trials import Settings, Trials
 
 SMALL_CHUNK_TOKENS = 128
+TILE_TOKENS = 2048  # of the MLP: products of fewer rows would be slower
 LONGEST_PACK = 32_768  # tokens: beyond it nothing is gained
 STRETCHES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)  # of the longest example, tried as tokens of a pack
 FAR = 4  # times as many tokens: the other end of the line on which packs of other lengths lie
@@ -91,7 +92,7 @@ def search(trials: Trials) -> Chosen:
 
 def rungs(trials: Trials) -> Iterator[tuple[str, Settings]]:
     """The ladder: each rung's name and its settings, layer counts left open; rungs that change nothing are left out."""
-    recipe, config = trials.recipe, trials.config.get_text_config()
+    recipe = trials.recipe
     on_card = trials.target.device_type == "cuda"
     fixed = Levers.of(recipe)
     start = Settings(
@@ -104,7 +105,7 @@ def rungs(trials: Trials) -> Iterator[tuple[str, Settings]]:
         ("the input embedding on the host", "embedding_on_host", True, on_card and not tied(trials)),
         ("logits of fewer tokens at once", "chunk_tokens", SMALL_CHUNK_TOKENS, True),
         ("checkpoints on the host", "offload_checkpoints", True, on_card and recipe.recompute_layers != 0),
-        ("the MLP in tiles", "mlp_tile_tokens", config.hidden_size, True),
+        ("the MLP in tiles", "mlp_tile_tokens", TILE_TOKENS, _longest_pack(trials) > TILE_TOKENS),
         ("pairs one completion at a time", "split_pairs", True, len(recipe.signature.completions) > 1),
         ("frozen layers on the host", "layers_on_host", 1, on_card and recipe.recompute_layers != 0),
     ]
@@ -117,6 +118,10 @@ def rungs(trials: Trials) -> Iterator[tuple[str, Settings]]:
         else:
             start = replace(start, levers=replace(start.levers, **{key: value}))
         yield words, start
+
+
+def _longest_pack(trials: Trials) -> int:
+    return max(trials.rows.longest.tokens, trials.recipe.tokens_per_pack or 0)
 
 
 def _law(trials: Trials, settings: Settings, tokens: int) -> Law:

@@ -65,12 +65,12 @@ def layers_of(config: PreTrainedConfig) -> int:
 
 
 def _shortened(config: PreTrainedConfig, layers: int | None) -> PreTrainedConfig:
-    """A copy with so many layers, of the same kinds in the same order."""
+    """A copy with so many layers, of the same kinds in the same order; of more than there are, all over again."""
     config = copy.deepcopy(config)
     text = config.get_text_config()
     if layers is not None:
-        if getattr(text, "layer_types", None):
-            text.layer_types = text.layer_types[:layers]
+        if kinds := getattr(text, "layer_types", None):
+            text.layer_types = [kinds[i % len(kinds)] for i in range(layers)]
         text.num_hidden_layers = layers
     return config
 

@@ -125,6 +125,7 @@ def _bytes(result: Mapping[str, Any]) -> Table:
         table.add_row(PARTS.get(name, name), in_gib(size))
     table.add_row(Text("peak", style="bold"), Text(in_gib(result["peak_bytes"]), style="bold"))
     others = (
+        ("planned_bytes", "planned, of the run's largest pack"),
         ("host_bytes", "in host memory beside it"),
         ("allocated_bytes", "most that torch allocated"),
         ("reserved_bytes", "most that it took from the card"),

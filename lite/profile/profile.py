@@ -32,6 +32,7 @@ from lite.profile.timeline import Timeline
 from lite.recipe import Recipe
 from lite.train import failures, machine, run
 from lite.train.batches import Batches
+from lite.train.memory import plan_run
 from lite.train.progress import Progress, Quiet
 from lite.train.work import Work, planned_steps, read, set_up
 
@@ -69,12 +70,14 @@ def profile(
     with failures.told(progress), ExitStack() as open_until:
         recipe = adapters.settle(recipe)
         tokenizer, data = read(recipe, progress)
+        # Of all rows, as the run's own plan. Whether it fits is what a profile finds out.
+        recipe, plan = plan_run(recipe, data, planned_steps(recipe, data), progress, go_on=True)
         data = replace(data, held_out=[], held_out_examples=[])  # nothing is judged
         if prove:
             data = _proving(recipe, data, progress)
         # As many steps as are taken, so that of a reference no more is computed than they need.
         short = recipe.model_copy(update={"max_steps": min(steps + 1, planned_steps(recipe, data))})
-        work = set_up(short, tokenizer, data, progress, open_until=open_until)
+        work = set_up(short, tokenizer, data, progress, open_until=open_until, plan=plan)
         folder = _folder(recipe, folder)
         progress.stage("measuring a step" if steps == 1 else f"measuring {steps} steps")
         timed, memory = _timed(work, steps, folder)
@@ -89,6 +92,7 @@ def profile(
         "proved": prove,
         **_times(timed),
         "largest_pack_tokens": _largest(largest),
+        "planned_bytes": plan.peak_bytes if plan else None,
         **_bytes(timeline),
         **memory,
         "recipe": work.recipe.resolved() | {"max_steps": recipe.max_steps},

@@ -144,17 +144,19 @@ def set_up(
     *,
     open_until: ExitStack,
     start_adapter: Path | None = None,
+    plan: Plan | None = None,
     go_on: bool = False,
 ) -> Work:
     """Everything up to step 1; `start_adapter` stands in for the one that the recipe goes on from.
 
     The memory settings that the recipe leaves open are settled first, by the plan, which stops a run that does not fit
-    unless it has to `go_on`.
+    unless it has to `go_on`; `plan`: they are, by that one.
 
     The reference's log-probs are in the cache when this returns, which stays open until `open_until` closes. No run has
     been written yet, so a user's mistake leaves no folder behind.
     """
-    recipe, plan = plan_run(recipe, data, planned_steps(recipe, data), progress, go_on=go_on)
+    if plan is None:
+        recipe, plan = plan_run(recipe, data, planned_steps(recipe, data), progress, go_on=go_on)
     levers = Levers.of(recipe)
     here = recipe if start_adapter is None else recipe.model_copy(update={"adapter": str(start_adapter), "run": None})
     compares = recipe.signature.reference and not recipe.ref_columns

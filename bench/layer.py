@@ -1,12 +1,12 @@
 """One decoder layer with LoRA, forward and backward: lite's fused pieces beside transformers, peft and bitsandbytes.
 
-    OMP_NUM_THREADS=1 python bench/layer.py --out bench/results/layer.json
-    python bench/layer.py --shape         what a layer of 14B keeps for each token, operator by operator
+    OMP_NUM_THREADS=1 python bench/layer.py --out bench/results/layer-cpu-fp32.json
+    python bench/layer.py --shape --out bench/results/layer-14b-meta.json
 
 Both run lite's attention, so that the difference is the linear layers, the MLP and the norms. Contenders run in turn;
 seconds are medians over rounds, bytes are what is alive after the forward beside the weights, and at the highest.
-NF4 computes in what this CPU multiplies fast, as `dtype: auto` does. `--shape` counts on meta tensors as if on a card,
-where bf16 heads take the variable-length kernel.
+NF4 computes in what this CPU multiplies fast, as `dtype: auto` does. `--shape` counts what a
+layer of 14B keeps by operator, on meta tensors as if on a card, where bf16 heads take the variable-length kernel.
 """
 
 import argparse
@@ -132,8 +132,9 @@ def timed(shape: str, storage: str, contenders: list[str], tokens: int, rounds: 
 
         step()  # allocates and warms up
         steps[name] = step
-    for _ in range(rounds):
-        for name, step in steps.items():
+    for number in range(rounds):
+        # There and back, for a step is slower after one that has just given its memory back.
+        for name, step in list(steps.items())[:: 1 if number % 2 else -1]:
             with watched() as others:
                 start, cpu = time.perf_counter(), time.process_time()
                 step()

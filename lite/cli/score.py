@@ -66,6 +66,7 @@ def main(arguments: Sequence[str]) -> int:
     out = sys.stdout  # a bar on the terminal would take what is printed while it is there
     with shown() as progress:
         progress.stage("loading torch and transformers")
+        session.import_quickly("lite.judge")
         from lite.judge import score
 
         scores = score(recipe, progress)

@@ -59,6 +59,8 @@ def attach(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
     if folder is not None:
         load(adapted, folder)
         log.info("goes on from the adapter in %s", folder)
+    if model.device.type == "meta":  # of a plan, which tells other things
+        return adapted
     log.info("%s", trainable(adapted))
     experts = [name for name, parameter in model.named_parameters() if parameter.ndim == 3 and "lora_" not in name]
     if experts:

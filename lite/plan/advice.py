@@ -18,19 +18,22 @@ def advice(recipe: Recipe, rows: Lengths, where: Target) -> Iterator[str]:
     """Lines that say what would fit, the smallest change first; what card it would take, last."""
     config = skeleton.config_of(recipe)
     open_again = recipe.model_copy(update=dict.fromkeys(SETTLED))
-    if open_again.resolved() != recipe.resolved() and search(Trials(open_again, config, rows, where)).fits:
+    if (
+        open_again.resolved() != recipe.resolved()
+        and search(Trials(open_again, config, rows, where), longest=False).fits
+    ):
         yield "leave the memory settings to the planner: there are some that fit"
         return
     found = False
     for change, words in _changes(recipe):
-        if search(Trials(recipe.model_copy(update=change), config, rows, where)).fits:
+        if search(Trials(recipe.model_copy(update=change), config, rows, where), longest=False).fits:
             yield words
             found = True
             break
     if (shorter := _shorter(recipe, rows, where)) is not None:
         yield f"--max-length {shorter}"
         found = True
-    needs = search(Trials(recipe, config, rows, where)).tried
+    needs = search(Trials(recipe, config, rows, where), longest=False).tried
     least = min(one.least_bytes for one in needs)
     whole = "" if found else "; nothing smaller helps"
     yield f"or a card with {(least + where.reserve_bytes) / GIB:.0f} GB{whole}"
@@ -56,6 +59,6 @@ def _shorter(recipe: Recipe, rows: Lengths, where: Target) -> int | None:
             continue
         short = longest.stretched(max(8, round(longest.tokens * length / longest.longest)))
         fewer = replace(rows, longest=short, most_tokens=min(rows.most_tokens, short.tokens * recipe.batch_size))
-        if search(Trials(recipe, config, fewer, where)).fits:
+        if search(Trials(recipe, config, fewer, where), longest=False).fits:
             return length
     return None

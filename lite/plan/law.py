@@ -38,6 +38,7 @@ class Law:
     host_bytes: Affine
     parts: dict[str, Affine]  # of the worst moment's bytes
     of_kept: bool = True  # whether it tells of layers that are not recomputed
+    of_recomputed: bool = True  # and of those that are
 
     def peak_bytes(self, r: int, p: int) -> float:
         """Bytes on the device at the worst moment."""
@@ -57,17 +58,19 @@ class Law:
         return {name: size for name, size in found.items() if size >= 1}
 
 
-def law(run: Run, tokens: int, *, least: int = 1, kept: bool = True) -> Law:
+def law(run: Run, tokens: int, *, least: int = 1, kept: bool = True, recomputed: bool = True) -> Law:
     """The law of a pack of so many tokens.
 
-    least: recomputed layers from which on it holds, 3 where two inputs of layers are in flight. kept: whether layers
-    that are not recomputed are asked about.
+    least: recomputed layers from which on it holds, 3 where two inputs of layers are in flight. kept, recomputed:
+    whether layers of that kind are asked about.
     """
-    r = max(least, 1 if kept else 2)
-    p = 1 if kept else 0
-    at = {(r, p): run(r, p), (r + 1, p): run(r + 1, p)}
-    if kept:
-        at[r, p + 1] = run(r, p + 1)
+    if not recomputed:
+        at = {(0, 1): run(0, 1), (0, 2): run(0, 2)}
+    else:
+        r, p = (max(least, 1), 1) if kept else (max(least, 2), 0)
+        at = {(r, p): run(r, p), (r + 1, p): run(r + 1, p)}
+        if kept:
+            at[r, p + 1] = run(r, p + 1)
     parts = set().union(*(one.parts for one in at.values()))
     phases = set().union(*(one.peaks for one in at.values()))
     return Law(
@@ -78,6 +81,7 @@ def law(run: Run, tokens: int, *, least: int = 1, kept: bool = True) -> Law:
         _affine({key: one.host_bytes for key, one in at.items()}),
         {part: _affine({key: one.parts[part] for key, one in at.items()}) for part in sorted(parts)},
         kept,
+        recomputed,
     )
 
 
@@ -100,6 +104,7 @@ def between(one: Law, other: Law, tokens: int) -> Law:
         mixed(one.host_bytes, other.host_bytes),
         {part: mixed(one.parts[part], other.parts[part]) for part in one.parts.keys() & other.parts.keys()},
         one.of_kept,
+        one.of_recomputed,
     )
 
 

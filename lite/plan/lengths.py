@@ -124,6 +124,9 @@ class Nothing:
 
 def _filled(lengths: Lengths, tokens: int, *, split: bool) -> Iterator[Row]:
     longest, mean = lengths.longest, lengths.mean
+    if tokens > max(lengths.most_tokens, longest.tokens):  # more than any step has: asked of one longer example
+        yield longest.stretched(tokens)
+        return
     yield longest
     left = tokens - longest.tokens
     if split and longest.tokens > tokens:

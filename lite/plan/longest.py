@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from lite.plan import lengths, skeleton
+from lite.plan.ladder import rungs
 from lite.plan.law import Law, between
 from lite.plan.lengths import Lengths, Row
-from lite.plan.search import rungs
 from lite.plan.target import Target
 from lite.plan.trials import Settings, Trials
 from lite.recipe import Recipe

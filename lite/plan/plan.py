@@ -20,6 +20,7 @@ from lite.plan.target import Target, at_hand, target
 from lite.plan.trials import SETTLED, Settings, Trials
 from lite.recipe import Recipe
 
+PLENTY = 0.5  # of the budget: where a few layers tell of no more, the whole model is not run
 CONFIRMATIONS = 3  # whole runs at most, each with a layer more recomputed, before the least hungry settings are taken
 Said = Callable[[str], None]
 
@@ -97,13 +98,15 @@ def plan(
     rows: Lengths | None = None,
     where: Target | None = None,
     quick: bool = False,
+    longest: bool = True,
     advise: bool = True,
     said: Said = lambda _: None,
 ) -> Plan:
     """The plan of a recipe for `where`, or for the machine that it names; `rows`: the data's lengths, if known.
 
-    quick: by a few layers alone; else the whole model's step is run once. Raises ModelError for a model whose step
-    cannot be run without its numbers.
+    quick: by a few layers alone; else the whole model's step is run once. longest: whether to find the longest example
+    that would fit; advise: whether to look for what would fit where the recipe does not. Raises ModelError for a model
+    whose step cannot be run without its numbers.
     """
     started = time.perf_counter()
     where = where or target(recipe)
@@ -112,7 +115,8 @@ def plan(
     trials = Trials(recipe, config, rows, where)
     said("running steps of a few layers")
     try:
-        chosen = search(trials)
+        chosen = search(trials, longest=longest)
+        quick = quick or chosen.peak_bytes < PLENTY * where.budget_bytes
         if not quick:
             said("running a step of the whole model")
         found = _confirmed(trials, chosen, quick=quick)
@@ -179,4 +183,4 @@ def _seconds(trials: Trials, chosen: Chosen) -> float:
 def settled(recipe: Recipe, examples: Sequence[TokenExample], steps: int, said: Said = lambda _: None) -> Plan:
     """The plan of a run on this machine, on the rows that it trains on."""
     rows = lengths.of_examples(examples, recipe, steps)
-    return plan(recipe, rows=rows, where=at_hand(recipe), said=said)
+    return plan(recipe, rows=rows, where=at_hand(recipe), longest=False, said=said)

@@ -7,17 +7,14 @@ stays as it is set on every rung.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from lite.engine.forward import CHUNK_TOKENS
-from lite.memory.levers import Levers
 from lite.model.attention import can_keep
+from lite.plan.ladder import rungs, tied
 from lite.plan.law import Law, between
 from lite.plan.trials import Settings, Trials
 
-SMALL_CHUNK_TOKENS = 128
-TILE_TOKENS = 2048  # of the MLP: products of fewer rows would be slower
 LONGEST_PACK = 32_768  # tokens: beyond it nothing is gained
 STRETCHES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)  # of the longest example, tried as tokens of a pack
 FAR = 4  # times as many tokens: the other end of the line on which packs of other lengths lie
@@ -66,8 +63,17 @@ class Candidate:
         return seconds * trials.rows.batch_tokens / self.tokens
 
 
-def search(trials: Trials) -> Chosen:
-    """The fastest settings that fit; the least hungry ones, with `fits` false, if none do."""
+def search(trials: Trials, *, longest: bool = True) -> Chosen:
+    """The fastest settings that fit; the least hungry ones, with `fits` false, if none do.
+
+    longest: whether to find how long an example may be under them; that takes two runs more.
+    """
+    best, tried = _spacious(trials) or _climbed(trials)
+    return _finish(trials, best, tried, longest=longest)
+
+
+def _climbed(trials: Trials) -> tuple[Candidate, list[Tried]]:
+    """The best on the first rung of the ladder where the longest example fits; the last rung if it fits on none."""
     tried: list[Tried] = []
     ladder = list(rungs(trials))
     for words, start in ladder:
@@ -78,7 +84,7 @@ def search(trials: Trials) -> Chosen:
         if fits:
             break
     else:
-        return _finish(trials, Candidate(start, tokens, law, _most_recomputed(trials)[0]), tried)
+        return Candidate(start, tokens, law, _most_recomputed(trials)[0]), tried
     best = _fastest(trials, start, tokens, law)
     if len(tried) == 1 and best.recomputed and len(ladder) > 1 and ladder[1][1].levers.embedding_on_host:
         # A gather on the host takes a thousandth of a step, and what it frees recomputes a layer or two less.
@@ -87,45 +93,31 @@ def search(trials: Trials) -> Chosen:
         best = min(best, other, key=lambda one: one.step_seconds(trials))
     if len(tried) > 2:
         best = _relaxed(trials, best, ladder[len(tried) - 1][1])
-    return _finish(trials, best, tried)
+    return best, tried
 
 
-def rungs(trials: Trials) -> Iterator[tuple[str, Settings]]:
-    """The ladder: each rung's name and its settings, layer counts left open; rungs that change nothing are left out."""
-    recipe = trials.recipe
-    on_card = trials.target.device_type == "cuda"
-    fixed = Levers.of(recipe)
-    start = Settings(
-        recipe.tokens_per_pack or 0,
-        recipe.chunk_tokens or CHUNK_TOKENS,
-        bool(recipe.split_pairs),
-        replace(fixed, recompute_layers=0),
-    )
-    steps: list[tuple[str, str, object, bool]] = [
-        ("the input embedding on the host", "embedding_on_host", True, on_card and not tied(trials)),
-        ("logits of fewer tokens at once", "chunk_tokens", SMALL_CHUNK_TOKENS, True),
-        ("checkpoints on the host", "offload_checkpoints", True, on_card and recipe.recompute_layers != 0),
-        ("the MLP in tiles", "mlp_tile_tokens", TILE_TOKENS, _longest_pack(trials) > TILE_TOKENS),
-        ("pairs one completion at a time", "split_pairs", True, len(recipe.signature.completions) > 1),
-        ("frozen layers on the host", "layers_on_host", 1, on_card and recipe.recompute_layers != 0),
-    ]
-    yield "recomputed layers", start
-    for words, key, value, possible in steps:
-        if not possible or getattr(recipe, key) is not None:
-            continue
-        if key in ("chunk_tokens", "split_pairs"):
-            start = replace(start, **{key: value})
-        else:
-            start = replace(start, levers=replace(start.levers, **{key: value}))
-        yield words, start
+def _spacious(trials: Trials) -> tuple[Candidate, list[Tried]] | None:
+    """Where even the longest pack fits with no layer recomputed, there is nothing to search: two runs tell."""
+    _, start = next(rungs(trials))
+    if trials.recipe.recompute_layers not in (None, 0) or start.levers.layers_on_host:
+        return None
+    least = _least_tokens(trials, start)
+    tokens = trials.recipe.tokens_per_pack and least
+    tokens = tokens or max(least, min(trials.rows.most_tokens, trials.comfortable_tokens))
+    law = trials.law(start, tokens, recomputed=False)
+    if law.peak_bytes(0, trials.layers) > trials.target.budget_bytes:
+        return None
+    tried = [Tried("no lever", round(law.peak_bytes(0, trials.layers)), True)]
+    return Candidate(start, tokens, law, 0), tried
 
 
-def _longest_pack(trials: Trials) -> int:
-    return max(trials.rows.longest.tokens, trials.recipe.tokens_per_pack or 0)
+def _law(trials: Trials, settings: Settings, tokens: int, *, like: Law | None = None) -> Law:
+    """The law of a rung; where only the embedding's place differs from the next one's, by arithmetic from that.
 
-
-def _law(trials: Trials, settings: Settings, tokens: int) -> Law:
-    """The law of a rung; where only the embedding's place differs from the next one's, by arithmetic from that."""
+    like: a law whose kinds of layers it is to tell of.
+    """
+    if like is not None and not like.of_recomputed:
+        return trials.law(settings, tokens, recomputed=False)
     streamed = settings.levers.layers_on_host > 0
     fixed = trials.recipe.recompute_layers
     kept = not streamed and (fixed is None or fixed < trials.layers)
@@ -134,11 +126,6 @@ def _law(trials: Trials, settings: Settings, tokens: int) -> Law:
         away = replace(settings, levers=replace(settings.levers, embedding_on_host=True))
         return trials.law(away, tokens, kept=kept).heavier(trials.static()["embedding"])
     return trials.law(settings, tokens, kept=kept)
-
-
-def tied(trials: Trials) -> bool:
-    """Whether the head is the input embedding, which then must stay on the device."""
-    return bool(getattr(trials.config.get_text_config(), "tie_word_embeddings", False))
 
 
 def _least_tokens(trials: Trials, settings: Settings) -> int:
@@ -236,7 +223,7 @@ def _last_lever(rung: Settings, rest: Settings) -> str:
     return next((key for key, pulled in order if pulled), "")
 
 
-def _finish(trials: Trials, best: Candidate, tried: list[Tried]) -> Chosen:
+def _finish(trials: Trials, best: Candidate, tried: list[Tried], *, longest: bool) -> Chosen:
     start, tokens, law, count = best.settings, best.tokens, best.law, best.recomputed
     fits = _least_recomputed(trials, law) is not None
     levers, peak = replace(start.levers, recompute_layers=count), law.peak_bytes(count, trials.layers - count)
@@ -253,8 +240,8 @@ def _finish(trials: Trials, best: Candidate, tried: list[Tried]) -> Chosen:
         split if trials.recipe.split_pairs is None else start.split_pairs,
         levers,
     )
-    longest = _longest(trials, start, tokens, law) if fits else 0
-    return Chosen(settings, tokens, law, count, trials.layers - count, round(peak), fits, tuple(tried), longest)
+    reach = _longest(trials, start, tokens, law) if fits and longest else 0
+    return Chosen(settings, tokens, law, count, trials.layers - count, round(peak), fits, tuple(tried), reach)
 
 
 def _fewest_on_host(trials: Trials, law: Law, count: int) -> int:
@@ -268,8 +255,8 @@ def _fewest_on_host(trials: Trials, law: Law, count: int) -> int:
 
 def _longest(trials: Trials, start: Settings, tokens: int, law: Law) -> int:
     """Tokens of the longest example that fits under these levers, every layer recomputed where that is left open."""
-    r, p = _most_recomputed(trials)
-    far = _law(trials, start, FAR * tokens)
+    r, p = _most_recomputed(trials) if law.of_recomputed else (0, trials.layers)
+    far = _law(trials, start, FAR * tokens, like=law)
     low, high = tokens, 2**22
     while high - low > 1:
         middle = (low + high) // 2

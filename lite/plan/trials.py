@@ -55,9 +55,14 @@ class Trials:
         self._laws: dict[tuple[object, ...], Law] = {}
         self.runs = 0
 
-    def law(self, settings: Settings, tokens: int, *, kept: bool = True) -> Law:
+    @property
+    def comfortable_tokens(self) -> int:
+        """Of a pack where memory is no matter."""
+        return 32_768 if self.target.device_type == "cuda" else 8192
+
+    def law(self, settings: Settings, tokens: int, *, kept: bool = True, recomputed: bool = True) -> Law:
         """The law of a pack of `tokens` under settings whose layer counts are left open."""
-        key = (settings, tokens, kept)
+        key = (settings, tokens, kept, recomputed)
         if key not in self._laws:
             streamed = settings.levers.layers_on_host > 0
             in_flight = settings.levers.offload_checkpoints
@@ -66,7 +71,7 @@ class Trials:
                 levers = replace(settings.levers, recompute_layers=r, layers_on_host=r if streamed else 0)
                 return self.outcome(replace(settings, levers=levers), tokens, layers=r + p)
 
-            self._laws[key] = law(run, tokens, least=3 if in_flight else 1, kept=kept)
+            self._laws[key] = law(run, tokens, least=3 if in_flight else 1, kept=kept, recomputed=recomputed)
         return self._laws[key]
 
     def outcome(self, settings: Settings, tokens: int, *, layers: int | None = None) -> Outcome:

@@ -67,11 +67,11 @@ def test_dropout_is_that_of_peft(ids: Tensor):
 
 
 def test_in_bf16_it_is_no_worse_than_pefts_fp32_adapter():
-    """Against an fp32 model of the same weights: error of the gradients at most 1.1 times peft's, over 8 seeds."""
+    """Against an fp32 model of the same weights: error of the gradients at most 1.1 times peft's, over 32 seeds."""
     ours, theirs = pair(torch.bfloat16)
     exact = copy.deepcopy(theirs).float()
     worst = {"ours": 0.0, "theirs": 0.0}
-    for seed in range(8):
+    for seed in range(32):
         rows = torch.randint(3, 320, (2, 24), generator=torch.Generator().manual_seed(seed))
         _, expected = gradients(exact, rows)
         for label, model in (("ours", ours), ("theirs", theirs)):

@@ -1,0 +1,84 @@
+"""A step on meta and the same step on the CPU, of a model that was written, loaded and quantised as a user's is."""
+
+import functools
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lite.data.packs import Batch
+from lite.device import meta_stands_for
+from lite.engine.layout import layout_of, path_of
+from lite.engine.objective import Objective
+from lite.engine.scalars import Scalars
+from lite.memory import marks
+from lite.memory.levers import Levers, pull
+from lite.model import adapters, load
+from lite.model.attention import install
+from lite.plan import dry_run, skeleton
+from lite.plan.cards import CARDS
+from lite.plan.cost import Cost
+from lite.plan.dry_run import Account
+from lite.plan.lengths import Lengths, Row, batch_of
+from lite.recipe import Recipe
+from tests.model.tiny import tiny_model, tiny_tokenizer
+
+ROW = Row(24, (40, 30))
+ROWS = Lengths(ROW, None, 2 * ROW.tokens, 2 * ROW.tokens, ROW)
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory: pytest.TempPathFactory):
+    """written("qwen3"): the folder of a tiny model of that architecture."""
+
+    @functools.cache
+    def write(architecture: str, layers: int = 3) -> Path:
+        folder = tmp_path_factory.mktemp(architecture)
+        tiny_model(architecture, num_hidden_layers=layers).save_pretrained(folder)
+        tiny_tokenizer().save_pretrained(folder)
+        return folder
+
+    return write
+
+
+def recipe_of(folder: Path, **settings: object) -> Recipe:
+    return Recipe(
+        **{"model": str(folder), "device": "cpu", "dtype": "float32", "lora_r": 4, "chunk_tokens": 16, **settings}
+    )
+
+
+def real(recipe: Recipe, levers: Levers):
+    """The model as a run loads it."""
+    model = adapters.attach(load.load_model(recipe, host_layers=levers.layers_on_host), recipe).train()
+    install(model)
+    pull(model, levers)
+    return model
+
+
+def bare(recipe: Recipe, levers: Levers):
+    """The same model without memory."""
+    dtype = torch.bfloat16 if recipe.dtype == "bfloat16" else torch.float32
+    model = skeleton.skeleton(recipe, skeleton.config_of(recipe), dtype)
+    pull(model, levers)
+    return model
+
+
+def metered(model, recipe: Recipe, rows: Lengths = ROWS) -> Account:
+    """One step under the meter, its operators traced."""
+    device = torch.device(model.get_base_model().get_output_embeddings().weight.device)
+    layout = replace(layout_of(recipe, model), tokens_per_pack=rows.batch_tokens)
+    batch = placed(batch_of(rows, layout, rows.batch_tokens), device)
+    scalars = Scalars.of(recipe, device)
+    objective = Objective.of(recipe.signature, recipe.hyperparameters, scalars.values)
+    meter = Account(Cost(CARDS["rtx-4090"], 1), words=dry_run.words_of(model), trace=True)
+    with meta_stands_for("cpu"), marks.watching(meter), dry_run._meta_optimizers():
+        dry_run.run(model, batch, recipe, path_of(recipe), objective, scalars, meter)
+    return meter
+
+
+def placed(batch: Batch, device: torch.device) -> Batch:
+    """A batch whose tensors lie on the device beforehand, each with a storage of its own, as after a real transfer."""
+    packs = [pack.to(device) for pack in batch.packs]
+    apart = [replace(pack, ids=pack.ids.clone(), positions=pack.positions.clone()) for pack in packs]
+    return replace(batch, packs=tuple(apart))

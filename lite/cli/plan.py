@@ -62,8 +62,9 @@ def main(arguments: Sequence[str]) -> int:
         progress.stage("loading torch and transformers")
         session.import_quickly("lite.plan")
         from lite import plan as planning
+        from lite.plan.target import target
 
-        where = planning.target(recipe, card=asked.get("card"))
+        where = target(recipe, card=asked.get("card"))
         rows = _lengths(recipe, progress) if _has_data(recipe) else None
         if asked.get("max"):
             found = list(planning.reaches(recipe, where))

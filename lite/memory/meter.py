@@ -17,6 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lite.memory import marks
 from lite.memory.workspace import workspace_bytes
 
+# Operators in place: on meta there is nothing for them to do, and checking their shapes takes longer than all else.
+IN_PLACE = frozenset(
+    f"aten::{name}_"
+    for name in ("add", "addcmul", "addmm", "copy", "div", "exp", "fill", "mul", "neg", "scatter_add", "sub", "zero")
+)
 CUDA_GRANULE = 512  # bytes: torch's CUDA allocator rounds every tensor up to a multiple
 
 
@@ -70,8 +75,9 @@ class Meter(TorchDispatchMode):
             self.trace.clear()
 
     def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        out = op(*args, **(kwargs or {}))
         name = op.name()
+        idle = name.partition(".")[0] in IN_PLACE and args[0].is_meta
+        out = args[0] if idle else op(*args, **(kwargs or {}))
         if isinstance(out, Tensor):
             self._add(out, self._part(name, out))
         elif isinstance(out, tuple | list):

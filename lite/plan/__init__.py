@@ -11,9 +11,8 @@ from typing import Any
 
 from lite.plan.longest import reaches
 from lite.plan.plan import Plan, plan
-from lite.plan.target import target
 
-__all__ = ["Plan", "plan", "reaches", "target"]
+__all__ = ["Plan", "plan", "reaches"]
 
 
 class _Callable(ModuleType):

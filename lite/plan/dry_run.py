@@ -32,6 +32,10 @@ from lite.plan.cost import Cost, visible_pairs
 from lite.recipe import Recipe
 
 PAGED = "paged-adamw-8bit"
+VIEWS = frozenset(
+    f"aten::{name}"
+    for name in ("_unsafe_view", "detach", "expand", "select", "slice", "split", "t", "transpose", "unsqueeze", "view")
+)
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class Account(Meter):
 
     def seen(self, name: str, args: tuple, kwargs: dict, out: Any) -> None:
         """Count it where it is not of the preparations."""
-        if self.phase_now == "idle":
+        if self.phase_now == "idle" or name.partition(".")[0] in VIEWS:
             return
         tensors: list[Tensor] = []
         for one in (*args, *kwargs.values(), out):
@@ -94,7 +98,7 @@ def run(
         meter.hold(trained, "adapters")
         update = _optimizer(model, recipe, scalars)
         for parameter in [*trained, *scalars.values.values()]:
-            parameter.grad = torch.zeros_like(parameter)
+            parameter.grad = torch.empty_like(parameter).zero_()
         with marks.on_host() if recipe.optimizer == PAGED else contextlib.nullcontext():
             update.step()
         update.zero_grad()
@@ -103,7 +107,8 @@ def run(
         meter.begin()
         step.backward(model, batch, objective, path)
         marks.phase("update")
-        torch.nn.utils.clip_grad_norm_(trained, recipe.max_grad_norm or 1.0, foreach=False)
+        if recipe.max_grad_norm:
+            _clip([parameter.grad for parameter in trained], recipe.max_grad_norm)
         update.step()
         update.zero_grad()
         marks.phase("idle")
@@ -143,6 +148,13 @@ def _optimizer(model: PeftModel, recipe: Recipe, scalars: Scalars) -> torch.opti
 
 def _states(update: torch.optim.Optimizer) -> list[Tensor]:
     return [leaf for state in update.state.values() for leaf in tree_leaves(state) if isinstance(leaf, Tensor)]
+
+
+@torch.no_grad()
+def _clip(gradients: list[Tensor], norm: float) -> None:
+    """What torch's clipping does with all gradients at once; its own function refuses meta by a list of devices."""
+    total = torch.stack(torch._foreach_norm(gradients)).norm()
+    torch._foreach_mul_(gradients, (norm / (total + 1e-6)).clamp(max=1.0))
 
 
 @contextlib.contextmanager

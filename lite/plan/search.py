@@ -104,6 +104,8 @@ def _spacious(trials: Trials) -> tuple[Candidate, list[Tried]] | None:
     least = _least_tokens(trials, start)
     tokens = trials.recipe.tokens_per_pack and least
     tokens = tokens or max(least, min(trials.rows.most_tokens, trials.comfortable_tokens))
+    if trials.at_least_bytes(tokens) > trials.target.budget_bytes:
+        return None
     law = trials.law(start, tokens, recomputed=False)
     if law.peak_bytes(0, trials.layers) > trials.target.budget_bytes:
         return None

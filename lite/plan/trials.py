@@ -60,6 +60,11 @@ class Trials:
         """Of a pack where memory is no matter."""
         return 32_768 if self.target.device_type == "cuda" else 8192
 
+    def at_least_bytes(self, tokens: int) -> int:
+        """Less than a step without recomputation can take: the weights, and of each layer and token four vectors."""
+        width = self.config.get_text_config().hidden_size * self.target.dtype.itemsize
+        return sum(self.static().values()) + 4 * self.layers * tokens * width
+
     def law(self, settings: Settings, tokens: int, *, kept: bool = True, recomputed: bool = True) -> Law:
         """The law of a pack of `tokens` under settings whose layer counts are left open."""
         key = (settings, tokens, kept, recomputed)

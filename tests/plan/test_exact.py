@@ -95,7 +95,7 @@ def allocated(model, recipe) -> tuple[int, int]:
     update.zero_grad()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         backward(model, batch, objective, path_of(recipe))
-        torch.nn.utils.clip_grad_norm_(trained, 1.0, foreach=False)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         update.step()
         update.zero_grad()
     events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]

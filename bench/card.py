@@ -15,114 +15,20 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import bitsandbytes as bnb
 import torch
-import torch.nn.functional as F
-from torch import nn
-from transformers import AutoModelForCausalLM
+from shapes import random_example, random_model
+from steps import found_out_of_memory, lite_step, plain_step
 
-from lite import signatures
-from lite.data.examples import Place, TokenExample
-from lite.data.packing import lay_out
-from lite.data.packs import Layout
-from lite.engine.forward import Path as ComputePath
-from lite.engine.objective import Objective
-from lite.engine.step import backward
+from lite.data.examples import TokenExample
 from lite.memory.checkpoint import checkpoint_layers
 from lite.model import adapters, catalog, load
-from lite.model.attention import install, plain_attention
-from lite.model.layers import decoder_layers
+from lite.model.attention import install
 from lite.recipe import Recipe
 from lite.train import machine
 
 GIB = 2**30
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PAIRS = ((512, 512, 512), (768, 256, 256), (1024, 1024, 1024))  # prompt, chosen, rejected
-
-
-def random_model(shape: catalog.Shape) -> nn.Module:
-    """A model of this shape with random weights: the blocks' matrices in NF4, everything else in bf16."""
-    config = catalog.config(shape)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    for layer in decoder_layers(model).values():
-        for name, linear in [(n, m) for n, m in layer.named_modules() if isinstance(m, nn.Linear)]:
-            layer.set_submodule(name, _quantised(linear))
-    for module in model.modules():
-        for name, tensor in list(module.named_parameters(recurse=False)):
-            if tensor.is_meta:
-                value = torch.ones_like(tensor, device=DEVICE) if tensor.ndim == 1 else _normal(tensor)
-                setattr(module, name, nn.Parameter(value, requires_grad=False))
-    rotary = model.model.rotary_emb
-    model.model.rotary_emb = type(rotary)(config).to(DEVICE)
-    model.config.use_cache = False
-    return model.requires_grad_(False)
-
-
-def _normal(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device=DEVICE).normal_(std=0.02)
-
-
-def _quantised(linear: nn.Linear) -> bnb.nn.Linear4bit:
-    new = bnb.nn.Linear4bit(
-        linear.in_features,
-        linear.out_features,
-        bias=linear.bias is not None,
-        compute_dtype=torch.bfloat16,
-        quant_type="nf4",
-    )
-    new.weight = bnb.nn.Params4bit(
-        _normal(linear.weight), requires_grad=False, quant_type="nf4", compress_statistics=True
-    )
-    if linear.bias is not None:
-        new.bias = nn.Parameter(torch.zeros(linear.out_features, dtype=torch.bfloat16), requires_grad=False)
-    return new.to(DEVICE)
-
-
-def random_example(prompt: int, chosen: int, rejected: int, vocabulary: int) -> TokenExample:
-    """A pair of random tokens."""
-    draw = torch.randint(vocabulary, (prompt + chosen + rejected,)).tolist()
-    completions = tuple(draw[prompt : prompt + chosen]), tuple(draw[prompt + chosen :])
-    return TokenExample(tuple(draw[:prompt]), completions, Place("random", 1))
-
-
-def lite_step(model: nn.Module, example: TokenExample, path: ComputePath) -> Callable[[], None]:
-    """One step of lite: a pack forward and backward, and the update."""
-    loss = signatures.find("orpo")
-    objective = Objective.of(loss, {h.name: h.default for h in loss.hyperparameters.values()})
-    batch = lay_out([example], Layout(("chosen", "rejected")))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
-
-    def step() -> None:
-        backward(model, batch, objective, path)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
-def plain_step(model: nn.Module, example: TokenExample) -> Callable[[], None]:
-    """The same step as a user of transformers + peft writes it: a padded batch and whole logits."""
-    width = example.longest
-    ids = torch.zeros(2, width, dtype=torch.long, device=DEVICE)
-    mask = torch.zeros(2, width, dtype=torch.long, device=DEVICE)
-    for row, completion in enumerate(example.completions):
-        tokens = torch.tensor(example.prompt + completion, device=DEVICE)
-        ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, 1
-    scored = mask[:, 1:].bool() & (torch.arange(1, width, device=DEVICE) >= len(example.prompt))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
-
-    def step() -> None:
-        with plain_attention(model):
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-            logps = torch.log_softmax(logits.float(), -1).gather(2, ids[:, 1:, None]).squeeze(2)
-            chosen, rejected = ((logps * scored).sum(1) / scored.sum(1)).unbind()
-            odds = (chosen - rejected) - (torch.log1p(-chosen.exp()) - torch.log1p(-rejected.exp()))
-            (-chosen - 0.1 * F.logsigmoid(odds)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
 
 
 def measured(step: Callable[[], None], repeats: int) -> dict[str, float]:
@@ -139,7 +45,7 @@ def measured(step: Callable[[], None], repeats: int) -> dict[str, float]:
             _wait()
             seconds.append(time.perf_counter() - start)
     except torch.OutOfMemoryError as error:
-        return {"out_of_memory": str(error).split(".")[0]}
+        return found_out_of_memory(error)
     return {
         "seconds": statistics.median(seconds),
         "spread": max(seconds) - min(seconds),
@@ -203,7 +109,8 @@ def main() -> None:
         torch.cuda.set_per_process_memory_fraction(options.cap_gib * GIB / total)
     rate = matrix_rate()
     start = time.perf_counter()
-    model = adapters.attach(random_model(shape), Recipe(method="orpo", model=options.model)).train()
+    recipe = Recipe(method="orpo", model=options.model)
+    model = adapters.attach(random_model(shape, "nf4", DEVICE), recipe).train()
     _wait()
     static = load.weight_bytes(model)
     seconds = time.perf_counter() - start
@@ -219,9 +126,9 @@ def main() -> None:
         floor = floor_flops(shape, example, 16, recompute=True) / rate
         install(model)
         row = {"prompt": size[0], "chosen": size[1], "rejected": size[2], "floor_seconds": floor}
-        row["lite"] = measured(lite_step(model, example, ComputePath()), options.repeats)
+        row["lite"] = measured(lite_step(model, [example], recipe)[0], options.repeats)
         if size in PAIRS:
-            row["plain"] = measured(plain_step(model, example), options.repeats)
+            row["plain"] = measured(plain_step(model, example)[0], options.repeats)
         rows.append(row)
         if DEVICE.type == "cuda":
             torch.cuda.empty_cache()

@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -56,6 +57,32 @@ def child(program: Path, arguments: Sequence[str], environment: dict[str, str] |
     if done.returncode:
         raise SystemExit(f"{program.name} {arguments[0]} ended with {done.returncode}:\n{done.stderr[-3000:]}")
     return {**json.loads(done.stdout.splitlines()[-1]), **load}
+
+
+def apart(act: Callable[[], Found]) -> Found:
+    """What `act` finds in a fork of this process, whose memory is its own and where nothing is imported again.
+
+    This process must not have computed anything: threads do not survive a fork, and CUDA does not.
+    """
+    reading, writing = os.pipe()
+    if (child_id := os.fork()) == 0:
+        status = 1
+        try:
+            os.close(reading)
+            with os.fdopen(writing, "w") as pipe:
+                json.dump(act(), pipe)
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        told = pipe.read()
+    _, status = os.waitpid(child_id, 0)
+    if os.WIFSIGNALED(status):
+        return {"out_of_memory": f"killed by signal {os.WTERMSIG(status)}"}
+    return json.loads(told) if status == 0 else {"failed": f"ended with {os.waitstatus_to_exitcode(status)}"}
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 import re
 
 GIB = 2**30
-_UNITS = {"": GIB, "g": GIB, "gb": GIB, "gib": GIB, "m": 2**20, "mb": 2**20, "mib": 2**20, "t": 2**40, "tb": 2**40}
+_UNITS = {"": GIB, "g": GIB, "m": 2**20, "t": 2**40}
+_UNITS |= {f"{unit}{ending}": _UNITS[unit] for unit in "gmt" for ending in ("b", "ib")}
 EXPECTED = "a size such as 24GB"
 
 

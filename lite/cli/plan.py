@@ -184,5 +184,5 @@ def _following(made: "Plan", method: str, arguments: Sequence[str]) -> Iterator[
     if made.fits:
         yield f"train     {shlex.join(['lite', method, *kept])}"
     else:
-        yield f"it would fit with {'; '.join(made.advice)}"
+        yield f"it would fit with {'; or with '.join(made.advice)}"
     yield f"longest   {shlex.join(['lite', 'plan', *arguments, '--max'])}"

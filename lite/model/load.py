@@ -88,9 +88,9 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def config_of(recipe: Recipe) -> PreTrainedConfig:
-    """The model's own config, from its folder or the hub. Raises ModelError."""
-    source = _source(recipe)
+def config_of(recipe: Recipe, *, alone: bool = False) -> PreTrainedConfig:
+    """The model's own config, from its folder or the hub; `alone`: weights may be missing. Raises ModelError."""
+    source = _source(recipe, alone=alone)
     with _explained(recipe, source, "model"):
         return AutoConfig.from_pretrained(source, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
 
@@ -157,7 +157,7 @@ def require_there(recipe: Recipe, setting: str) -> None:
         raise ModelError(str(error).replace("model = ", f"{setting} = ", 1)) from None
 
 
-def _source(recipe: Recipe) -> str:
+def _source(recipe: Recipe, *, alone: bool = False) -> str:
     """Folder or hub name, checked as far as one can offline; a folder absolute, for adapters will name it."""
     name = catalog.resolve(recipe.model)
     folder = Path(name).expanduser()
@@ -171,7 +171,7 @@ def _source(recipe: Recipe) -> str:
     if not (folder / "config.json").is_file():
         hint = " It is an adapter: pass it as --adapter." if (folder / "adapter_config.json").is_file() else ""
         problems.append(f"there is no config.json in it.{hint}")
-    if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
+    if not alone and not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
         problems.append("there are no weights in it (*.safetensors or pytorch_model*.bin).")
     advice = "Expected a model's folder, as `hf download NAME --local-dir FOLDER` or save_pretrained leaves it."
     raise_collected(ModelError, f"{folder} cannot be loaded:", problems, advice)

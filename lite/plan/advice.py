@@ -1,9 +1,10 @@
 """Advice: the smallest changes with which a recipe that does not fit would, each tried before it is named."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-from lite.plan import skeleton
+from lite.plan import cards, skeleton
 from lite.plan.lengths import Lengths
 from lite.plan.search import search
 from lite.plan.target import Target
@@ -15,28 +16,43 @@ SHORTEST = 256  # tokens: a max_length below it is no advice
 
 
 def advice(recipe: Recipe, rows: Lengths, where: Target) -> Iterator[str]:
-    """Lines that say what would fit, the smallest change first; what card it would take, last."""
+    """What it would fit with, the smallest change first, as `it would fit with …` goes on; how much memory, last."""
     config = skeleton.config_of(recipe)
+
+    def fits(changed: Recipe, lengths: Lengths = rows) -> bool:
+        return search(Trials(changed, config, lengths, where), longest=False).fits
+
     open_again = recipe.model_copy(update=dict.fromkeys(SETTLED))
-    if (
-        open_again.resolved() != recipe.resolved()
-        and search(Trials(open_again, config, rows, where), longest=False).fits
-    ):
-        yield "leave the memory settings to the planner: there are some that fit"
+    if open_again.resolved() != recipe.resolved() and fits(open_again):
+        yield "its memory settings left to the planner: there are some that fit"
         return
     found = False
     for change, words in _changes(recipe):
-        if search(Trials(recipe.model_copy(update=change), config, rows, where), longest=False).fits:
+        if fits(recipe.model_copy(update=change)):
             yield words
             found = True
             break
-    if (shorter := _shorter(recipe, rows, where)) is not None:
-        yield f"--max-length {shorter}"
+    lengths = list(_shorter(recipe, rows))
+    low, high = 0, len(lengths)  # of lengths[low:] all fit that are asked about
+    while low < high:
+        middle = (low + high) // 2
+        if fits(recipe, lengths[middle][1]):
+            high = middle
+        else:
+            low = middle + 1
+    if low < len(lengths):
+        yield f"--max-length {lengths[low][0]}"
         found = True
     needs = search(Trials(recipe, config, rows, where), longest=False).tried
     least = min(one.least_bytes for one in needs)
-    whole = "" if found else "; nothing smaller helps"
-    yield f"or a card with {(least + where.reserve_bytes) / GIB:.0f} GB{whole}"
+    yield memory(least, where) + ("" if found else "; nothing smaller helps")
+
+
+def memory(needed_bytes: int, where: Target) -> str:
+    """The least memory, in whole GB, of which a step may take so much."""
+    if where.device_type == "cpu":
+        return f"{math.ceil(needed_bytes / cards.HOST_FREE / GIB)} GB of free memory"
+    return f"a card with {math.ceil((needed_bytes + cards.CONTEXT_BYTES) / (1 - cards.FRAGMENTATION) / GIB)} GB"
 
 
 def _changes(recipe: Recipe) -> Iterator[tuple[dict[str, object], str]]:
@@ -50,15 +66,12 @@ def _changes(recipe: Recipe) -> Iterator[tuple[dict[str, object], str]]:
         yield {"load_in_4bit": True, "load_in_8bit": False, "optimizer": "adamw-8bit"}, "--4bit --optimizer adamw-8bit"
 
 
-def _shorter(recipe: Recipe, rows: Lengths, where: Target) -> int | None:
-    """The longest max_length, a multiple of 256, that fits; None if there is none."""
-    config, longest = skeleton.config_of(recipe), rows.longest
+def _shorter(recipe: Recipe, rows: Lengths) -> Iterator[tuple[int, Lengths]]:
+    """Smaller values of max_length, the longest first, and the rows as they would be; multiples of 256."""
+    longest = rows.longest
     for count in range(longest.longest // SHORTEST, 0, -1):
         length = count * SHORTEST
         if length >= longest.longest or (count & (count - 1) and count > 8):
             continue
         short = longest.stretched(max(8, round(longest.tokens * length / longest.longest)))
-        fewer = replace(rows, longest=short, most_tokens=min(rows.most_tokens, short.tokens * recipe.batch_size))
-        if search(Trials(recipe, config, fewer, where), longest=False).fits:
-            return length
-    return None
+        yield length, replace(rows, longest=short, most_tokens=min(rows.most_tokens, short.tokens * recipe.batch_size))

@@ -4,6 +4,7 @@ Rates are dense bf16 products with fp32 sums; `pcie` is what pinned copies reach
 machine at hand (a CPU, a card that is not in the table) are measured instead, in a fraction of a second.
 """
 
+import re
 import time
 from dataclasses import dataclass
 
@@ -76,13 +77,15 @@ def of_size(memory_bytes: int) -> Card:
 
 
 def by_device_name(name: str, memory_bytes: int) -> Card | None:
-    """The card that torch calls by this name, with the memory that it really has; None if the table has it not."""
-    words = name.lower().replace("nvidia", "").replace("geforce", "").split()
-    known = "-".join(word for word in words if word not in ("gpu", "pcie", "sxm", "hbm3", "laptop"))
-    fits = [card for key, card in CARDS.items() if known == key or known.startswith(f"{key}-")]
-    if not fits:
+    """The card that torch calls by this name, with the memory that it really has; None if the table has it not.
+
+    A laptop's chip is another than the card of the same number.
+    """
+    words = set(re.split(r"[\s-]+", name.lower()))
+    fits = [card for key, card in CARDS.items() if set(key.split("-")) <= words]
+    if not fits or "laptop" in words:
         return None
-    best = max(fits, key=lambda card: len(card.name))
+    best = max(fits, key=lambda card: len(card.name.split("-")))
     return Card(best.name, memory_bytes, best.operations, best.bandwidth, best.pcie)
 
 

@@ -78,7 +78,8 @@ def dry_run(
     """One whole step of `batch` (one pack) on a skeleton, its optimizer's states there before it begins."""
     scalars = Scalars.of(recipe, model.device)
     objective = Objective.of(recipe.signature, recipe.hyperparameters, scalars.values)
-    cost = Cost(card, sum(visible_pairs(pack) for pack in batch.packs))
+    # Attention is called alike often for each pack of an example that is split: on average it sees so many.
+    cost = Cost(card, round(sum(visible_pairs(pack) for pack in batch.packs) / len(batch.packs)))
     granule = CUDA_GRANULE if device_type == "cuda" else 1
     meter = Account(cost, granule=granule, words=words_of(model), trace=trace)
     with meta_stands_for(device_type), marks.watching(meter), _meta_optimizers():

@@ -45,11 +45,12 @@ class Law:
         return max(peak(r, p) for peak in self.peaks.values())
 
     def heavier(self, size_bytes: float) -> "Law":
-        """The same with so many bytes more on the device all the while."""
+        """The same with so many bytes on the device all the while that were the host's."""
         peaks = {phase: replace(peak, constant=peak.constant + size_bytes) for phase, peak in self.peaks.items()}
         weights = self.parts["weights"]
         parts = {**self.parts, "weights": replace(weights, constant=weights.constant + size_bytes)}
-        return replace(self, peaks=peaks, parts=parts)
+        host = replace(self.host_bytes, constant=self.host_bytes.constant - size_bytes)
+        return replace(self, peaks=peaks, parts=parts, host_bytes=host)
 
     def parts_bytes(self, r: int, p: int) -> dict[str, float]:
         """What the worst moment's bytes are; what the law does not tell apart is counted as activations."""

@@ -165,15 +165,19 @@ def _confirmed(
         over = outcome.peak_bytes > trials.target.budget_bytes
         if not (over and chosen.fits and chosen.kept and trials.recipe.recompute_layers is None):
             break
-        chosen = _one_more(chosen)
+        chosen = _recomputing(chosen, 1)
+    else:
+        chosen = _recomputing(chosen, chosen.kept)
+        outcome = trials.outcome(chosen.settings, chosen.tokens)
     seconds = _seconds(trials, chosen)
     return chosen, outcome.peak_bytes, outcome.parts, outcome.host_bytes, seconds
 
 
-def _one_more(chosen: Chosen) -> Chosen:
-    levers = replace(chosen.settings.levers, recompute_layers=chosen.recomputed + 1)
+def _recomputing(chosen: Chosen, more: int) -> Chosen:
+    """The same with so many layers more recomputed."""
+    levers = replace(chosen.settings.levers, recompute_layers=chosen.recomputed + more)
     settings = replace(chosen.settings, levers=levers)
-    return replace(chosen, settings=settings, recomputed=chosen.recomputed + 1, kept=chosen.kept - 1)
+    return replace(chosen, settings=settings, recomputed=chosen.recomputed + more, kept=chosen.kept - more)
 
 
 def _seconds(trials: Trials, chosen: Chosen) -> float:

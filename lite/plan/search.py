@@ -58,6 +58,8 @@ class Candidate:
         """Of an average step: as many packs as its tokens make."""
         kept = trials.layers - self.recomputed
         seconds = self.law.seconds(self.recomputed, kept)
+        if self.settings.split_pairs and trials.rows.longest.tokens > self.tokens:  # one example in several packs
+            return seconds * trials.rows.batch_tokens / trials.rows.longest.tokens
         if trials.recipe.signature.whole_batch:
             seconds += self.law.once_more(self.recomputed, kept)
         return seconds * trials.rows.batch_tokens / self.tokens
@@ -122,12 +124,16 @@ def _law(trials: Trials, settings: Settings, tokens: int, *, like: Law | None = 
         return trials.law(settings, tokens, recomputed=False)
     streamed = settings.levers.layers_on_host > 0
     fixed = trials.recipe.recompute_layers
-    kept = not streamed and (fixed is None or fixed < trials.layers)
+    kept = not streamed if fixed is None else fixed < trials.layers
     movable = trials.target.device_type == "cuda" and trials.recipe.embedding_on_host is None and not tied(trials)
     if movable and not settings.levers.embedding_on_host:
         away = replace(settings, levers=replace(settings.levers, embedding_on_host=True))
-        return trials.law(away, tokens, kept=kept).heavier(trials.static()["embedding"])
-    return trials.law(settings, tokens, kept=kept)
+        here = trials.law(away, tokens, kept=kept).heavier(trials.static()["embedding"])
+    else:
+        here = trials.law(settings, tokens, kept=kept)
+    if streamed and (most := trials.recipe.layers_on_host) is not None:
+        return here.heavier(max(0, _most_recomputed(trials)[0] - most) * _layer_bytes(trials))
+    return here
 
 
 def _least_tokens(trials: Trials, settings: Settings) -> int:
@@ -159,7 +165,7 @@ def _fastest(trials: Trials, start: Settings, tokens: int, law: Law) -> Candidat
         fewest = _least_recomputed(trials, here)
         if fewest is None:
             return None
-        return Candidate(settings, wide, here, trials.layers if streamed else fewest)
+        return Candidate(settings, wide, here, fewest)
 
     best = candidate(start, tokens, law)
     assert best is not None
@@ -208,8 +214,7 @@ def _relaxed(trials: Trials, best: Candidate, rung: Settings) -> Candidate:
         law = _law(trials, without, tokens)
         fewest = _least_recomputed(trials, law)
         if fewest is not None:
-            count = trials.layers if without.levers.layers_on_host else fewest
-            best = Candidate(without, tokens, law, count)
+            best = Candidate(without, tokens, law, fewest)
     return best
 
 
@@ -228,11 +233,13 @@ def _last_lever(rung: Settings, rest: Settings) -> str:
 def _finish(trials: Trials, best: Candidate, tried: list[Tried], *, longest: bool) -> Chosen:
     start, tokens, law, count = best.settings, best.tokens, best.law, best.recomputed
     fits = _least_recomputed(trials, law) is not None
-    levers, peak = replace(start.levers, recompute_layers=count), law.peak_bytes(count, trials.layers - count)
+    reach = _longest(trials, start, tokens, law) if fits and longest else 0
+    levers = replace(start.levers, recompute_layers=count)
     if start.levers.layers_on_host:
-        fewest = _fewest_on_host(trials, law, count)
-        levers = replace(levers, layers_on_host=fewest)
-        peak += (count - fewest) * trials.static()["layers"] / trials.layers
+        levers = replace(levers, layers_on_host=_fewest_on_host(trials, law, count))
+        if trials.recipe.layers_on_host is None:  # else the law knows
+            law = law.heavier((count - levers.layers_on_host) * _layer_bytes(trials))
+    peak = law.peak_bytes(count, trials.layers - count)
     if count == 0:
         levers = replace(levers, offload_checkpoints=False, keep_attention=False)
     split = start.split_pairs and trials.rows.longest.tokens > tokens
@@ -242,7 +249,6 @@ def _finish(trials: Trials, best: Candidate, tried: list[Tried], *, longest: boo
         split if trials.recipe.split_pairs is None else start.split_pairs,
         levers,
     )
-    reach = _longest(trials, start, tokens, law) if fits and longest else 0
     return Chosen(settings, tokens, law, count, trials.layers - count, round(peak), fits, tuple(tried), reach)
 
 
@@ -251,8 +257,11 @@ def _fewest_on_host(trials: Trials, law: Law, count: int) -> int:
     if trials.recipe.layers_on_host is not None:
         return min(trials.recipe.layers_on_host, count)
     room = trials.target.budget_bytes - law.peak_bytes(count, trials.layers - count)
-    layer_bytes = trials.static()["layers"] / trials.layers
-    return max(0, min(count, count - math.floor(room / layer_bytes)))
+    return max(0, min(count, count - math.floor(room / _layer_bytes(trials))))
+
+
+def _layer_bytes(trials: Trials) -> float:
+    return trials.static()["layers"] / trials.layers
 
 
 def _longest(trials: Trials, start: Settings, tokens: int, law: Law) -> int:

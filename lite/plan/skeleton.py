@@ -31,7 +31,7 @@ def config_of(recipe: Recipe) -> PreTrainedConfig:
     shape = catalog.shape_of(recipe.model)
     if shape is not None and not load.is_here(recipe):
         return catalog.config(shape)
-    return load.config_of(recipe)
+    return load.config_of(recipe, alone=True)
 
 
 def skeleton(recipe: Recipe, config: PreTrainedConfig, dtype: torch.dtype, *, layers: int | None = None) -> PeftModel:

@@ -40,12 +40,14 @@ class Target:
 def target(recipe: Recipe, *, card: str | None = None) -> Target:
     """The machine that the recipe names by `device` and `vram`, or `card`; without them this one.
 
-    Without a GPU here and without `vram`, `card` or device cpu, a card of 24 GB is assumed, and said. Raises
-    RecipeError for an unknown card and ModelError for a device that is not there.
+    On a CPU `vram` is what a run may take of this machine's memory. Without a GPU here and without `vram`, `card` or
+    device cpu, a card of 24 GB is assumed, and said. Raises RecipeError for an unknown card.
     """
-    if card is not None or recipe.vram is not None or (recipe.device != "cpu" and not torch.cuda.is_available()):
-        if recipe.device == "cpu":
+    if recipe.device == "cpu":
+        if card is not None:
             raise RecipeError("device = cpu beside a card: a plan is for one of them. Leave one out.")
+        return at_hand(recipe)
+    if card is not None or recipe.vram is not None or not torch.cuda.is_available():
         return _named(recipe, card)
     return at_hand(recipe)
 
@@ -59,7 +61,7 @@ def at_hand(recipe: Recipe) -> Target:
         free = round(host * cards.HOST_FREE)
         budget = min(free, cap) if cap else free
         card = cards.measured(device, dtype, host, "this CPU")
-        return Target("cpu", card, budget, host, host, dtype, True)
+        return Target("cpu", card, budget, min(host, cap) if cap else host, host, dtype, True)
     free, total = torch.cuda.mem_get_info(device)
     memory = min(total, cap) if cap else total
     name = torch.cuda.get_device_name(device)
@@ -98,16 +100,21 @@ def _resized(card: Card, memory_bytes: int) -> Card:
 
 
 def free_host_bytes() -> int:
-    """Memory of this machine that is free for a process, within the limits of its container."""
+    """Memory of this machine that is free for a process, within the limits of its container.
+
+    Files that were read lie in memory until somebody needs it; a container counts them as used.
+    """
     free = psutil.virtual_memory().available
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    for limit, used, table, cached in (
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
     ):
         try:
             most = (CGROUP / limit).read_text().strip()
             if most.isdigit():
-                free = min(free, max(0, int(most) - int((CGROUP / used).read_text())))
+                counts = dict(line.split() for line in (CGROUP / table).read_text().splitlines())
+                taken = int((CGROUP / used).read_text()) - int(counts.get(cached, 0))
+                free = min(free, max(0, int(most) - taken))
         except OSError:
             continue
     return free

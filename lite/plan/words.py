@@ -45,6 +45,6 @@ def refusal(plan: Plan) -> str:
     if plan.lengths.longest.place is not None:
         lines.append(f"The longest example is {plan.lengths.longest.place}, {plan.lengths.longest.tokens:,} tokens.")
     if plan.advice:
-        lines.append(f"It would with {'; or '.join(plan.advice)}.".replace("; or or ", "; or "))
+        lines.append(f"It would fit with {'; or with '.join(plan.advice)}.")
     lines.append("--force trains all the same; `lite plan` shows what takes the memory.")
     return "\n".join(lines)

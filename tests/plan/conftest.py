@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Qwen2Config
 
 from lite.data.packs import Batch
 from lite.device import meta_stands_for
@@ -16,11 +17,13 @@ from lite.memory import marks
 from lite.memory.levers import Levers, pull
 from lite.model import adapters, load
 from lite.model.attention import install
-from lite.plan import dry_run, skeleton
-from lite.plan.cards import CARDS
+from lite.plan import dry_run, lengths, skeleton
+from lite.plan.cards import CARDS, CONTEXT_BYTES, FRAGMENTATION
 from lite.plan.cost import Cost
 from lite.plan.dry_run import Account
 from lite.plan.lengths import Lengths, Row, batch_of
+from lite.plan.target import Target
+from lite.plan.trials import Trials
 from lite.recipe import Recipe
 from tests.model.tiny import tiny_model, tiny_tokenizer
 
@@ -82,3 +85,39 @@ def placed(batch: Batch, device: torch.device) -> Batch:
     packs = [pack.to(device) for pack in batch.packs]
     apart = [replace(pack, ids=pack.ids.clone(), positions=pack.positions.clone()) for pack in packs]
     return replace(batch, packs=tuple(apart))
+
+
+@pytest.fixture(scope="session")
+def shaped(tmp_path_factory: pytest.TempPathFactory):
+    """shaped(layers=6): a folder with the config of a model as wide as real ones; a plan needs no more of it."""
+
+    @functools.cache
+    def write(layers: int = 5, *, tied: bool = False) -> Path:
+        folder = tmp_path_factory.mktemp("shaped")
+        Qwen2Config(
+            hidden_size=1024,
+            intermediate_size=4096,
+            num_hidden_layers=layers,
+            num_attention_heads=8,
+            num_key_value_heads=2,
+            vocab_size=32_000,
+            tie_word_embeddings=tied,
+            max_position_embeddings=2**17,
+        ).save_pretrained(folder)
+        return folder
+
+    return write
+
+
+def wide_recipe(folder: Path, **settings: object) -> Recipe:
+    return Recipe(**{"model": str(folder), "load_in_4bit": True, "batch_size": 2, "max_length": 1024, **settings})
+
+
+def where_of(budget: float, card: str = "rtx-4090") -> Target:
+    """A card of which a step may take so many bytes."""
+    room = round((budget + CONTEXT_BYTES) / (1 - FRAGMENTATION))
+    return Target("cuda", CARDS[card], round(budget), room, None, torch.bfloat16, False)
+
+
+def trials_of(recipe: Recipe, budget: float, rows: Lengths | None = None) -> Trials:
+    return Trials(recipe, skeleton.config_of(recipe), rows or lengths.assumed(recipe), where_of(budget))

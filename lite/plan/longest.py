@@ -28,6 +28,8 @@ class Reach:
     peak_bytes: int
     host_bytes: int
     tokens_per_second: float
+    fixed_bytes: int  # whatever the pack
+    bytes_per_token: float
 
 
 def reaches(recipe: Recipe, where: Target) -> Iterator[Reach]:
@@ -41,6 +43,7 @@ def reaches(recipe: Recipe, where: Target) -> Iterator[Reach]:
         far = trials.law(settings, FAR, kept=False)
         tokens = _longest(near, far, trials.layers, where.budget_bytes)
         here = between(near, far, tokens)
+        slope = (far.peak_bytes(trials.layers, 0) - near.peak_bytes(trials.layers, 0)) / (FAR - NEAR)
         yield Reach(
             words,
             replace(settings, levers=replace(settings.levers, recompute_layers=trials.layers)),
@@ -48,6 +51,8 @@ def reaches(recipe: Recipe, where: Target) -> Iterator[Reach]:
             round(here.peak_bytes(trials.layers, 0)),
             round(here.host_bytes(trials.layers, 0)),
             tokens / here.seconds(trials.layers, 0) if tokens else 0.0,
+            round(near.peak_bytes(trials.layers, 0) - NEAR * slope),
+            slope,
         )
 
 

@@ -1,9 +1,10 @@
-"""The law: what a step takes is affine in its layers, so two or three tiny models tell of any number of them.
+"""The law: what a step takes is affine in its layers, so a few tiny models tell of any number of them.
 
 With r recomputed and p kept layers each phase's peak is c + r·a + p·b, exactly, as long as it stays at the same moment
-of the step (equal to the byte for 13 of 13 mixed policies at 2,048 tokens and more); so are
-seconds and host bytes. In the tokens of a pack it is nearly affine, which is enough to search by; what was chosen is
-run itself.
+of the step (equal to the byte for 13 of 13 mixed policies at 2,048 tokens and more); so are seconds and host bytes.
+Where a layer is kept, forward and backward are at their worst in the last of these; where none is, in a recomputed one:
+so p = 0 has a c of its own. A recomputed layer adds the same in both.
+In the tokens of a pack all is nearly affine, which is enough to search by; what was chosen is run itself.
 """
 
 from collections import Counter
@@ -26,37 +27,82 @@ class Affine:
     def __call__(self, r: int, p: int) -> float:
         return self.constant + r * self.recomputed + p * self.kept
 
+    def mixed(self, other: "Affine", share: float) -> "Affine":
+        """On the line from this (0) through the other (1)."""
+        pairs = ((getattr(self, name), getattr(other, name)) for name in ("constant", "recomputed", "kept"))
+        return Affine(*(x + share * (y - x) for x, y in pairs))
+
+
+@dataclass(frozen=True)
+class Regime:
+    """What a step takes as long as its worst moments stay where they are."""
+
+    peaks: dict[str, Affine]  # bytes on the device, of each phase
+    seconds: Affine
+    once_more: Affine  # seconds of a forward without gradient, for a loss that needs the whole batch first
+    host_bytes: Affine
+    parts: dict[str, Affine]  # of the worst moment's bytes
+
+    def heavier(self, size_bytes: float) -> "Regime":
+        """The same with so many bytes on the device all the while that were the host's."""
+        return replace(
+            self,
+            peaks={phase: _more(peak, size_bytes) for phase, peak in self.peaks.items()},
+            parts={**self.parts, "weights": _more(self.parts["weights"], size_bytes)},
+            host_bytes=_more(self.host_bytes, -size_bytes),
+        )
+
+    def mixed(self, other: "Regime", share: float) -> "Regime":
+        """On the line from this (0) through the other (1)."""
+        return Regime(
+            {phase: peak.mixed(other.peaks[phase], share) for phase, peak in self.peaks.items()},
+            self.seconds.mixed(other.seconds, share),
+            self.once_more.mixed(other.once_more, share),
+            self.host_bytes.mixed(other.host_bytes, share),
+            {name: self.parts[name].mixed(other.parts[name], share) for name in self.parts.keys() & other.parts.keys()},
+        )
+
 
 @dataclass(frozen=True)
 class Law:
     """What a step of one pack takes by its layers."""
 
     tokens: int
-    peaks: dict[str, Affine]
-    seconds: Affine
-    once_more: Affine  # seconds of a forward without gradient, for a loss that needs the whole batch first
-    host_bytes: Affine
-    parts: dict[str, Affine]  # of the worst moment's bytes
-    of_kept: bool = True  # whether it tells of layers that are not recomputed
-    of_recomputed: bool = True  # and of those that are
+    kept: Regime | None  # where at least one layer is kept
+    alone: Regime | None  # where every layer is recomputed
+
+    def of(self, p: int) -> Regime:
+        """The regime of so many kept layers."""
+        found = self.kept if p else self.alone
+        assert found is not None, f"the law was not asked about {p} kept layers"
+        return found
 
     def peak_bytes(self, r: int, p: int) -> float:
         """Bytes on the device at the worst moment."""
-        return max(peak(r, p) for peak in self.peaks.values())
+        return max(peak(r, p) for peak in self.of(p).peaks.values())
 
-    def heavier(self, size_bytes: float) -> "Law":
-        """The same with so many bytes on the device all the while that were the host's."""
-        peaks = {phase: replace(peak, constant=peak.constant + size_bytes) for phase, peak in self.peaks.items()}
-        weights = self.parts["weights"]
-        parts = {**self.parts, "weights": replace(weights, constant=weights.constant + size_bytes)}
-        host = replace(self.host_bytes, constant=self.host_bytes.constant - size_bytes)
-        return replace(self, peaks=peaks, parts=parts, host_bytes=host)
+    def seconds(self, r: int, p: int) -> float:
+        """Of the step."""
+        return self.of(p).seconds(r, p)
+
+    def once_more(self, r: int, p: int) -> float:
+        """Seconds of a forward without gradient."""
+        return self.of(p).once_more(r, p)
+
+    def host_bytes(self, r: int, p: int) -> float:
+        """Bytes in host memory at most."""
+        return self.of(p).host_bytes(r, p)
 
     def parts_bytes(self, r: int, p: int) -> dict[str, float]:
         """What the worst moment's bytes are; what the law does not tell apart is counted as activations."""
-        found = {name: part(r, p) for name, part in self.parts.items()}
+        found = {name: part(r, p) for name, part in self.of(p).parts.items()}
         found["activations"] = found.get("activations", 0.0) + self.peak_bytes(r, p) - sum(found.values())
         return {name: size for name, size in found.items() if size >= 1}
+
+    def heavier(self, size_bytes: float) -> "Law":
+        """The same with so many bytes on the device all the while that were the host's."""
+        kept, alone = (one and one.heavier(size_bytes) for one in (self.kept, self.alone))
+        return replace(self, kept=kept, alone=alone)
 
 
 def law(run: Run, tokens: int, *, least: int = 1, kept: bool = True, recomputed: bool = True) -> Law:
@@ -66,54 +112,50 @@ def law(run: Run, tokens: int, *, least: int = 1, kept: bool = True, recomputed:
     whether layers of that kind are asked about.
     """
     if not recomputed:
-        at = {(0, 1): run(0, 1), (0, 2): run(0, 2)}
-    else:
-        r, p = (max(least, 1), 1) if kept else (max(least, 2), 0)
-        at = {(r, p): run(r, p), (r + 1, p): run(r + 1, p)}
-        if kept:
-            at[r, p + 1] = run(r, p + 1)
-    parts = set().union(*(one.parts for one in at.values()))
-    phases = set().union(*(one.peaks for one in at.values()))
-    return Law(
-        tokens,
-        {phase: _affine({key: one.peaks[phase] for key, one in at.items()}) for phase in phases},
-        _affine({key: one.cost.step_seconds() for key, one in at.items()}),
-        _affine({key: _forward_seconds(one.cost.seconds) for key, one in at.items()}),
-        _affine({key: one.host_bytes for key, one in at.items()}),
-        {part: _affine({key: one.parts[part] for key, one in at.items()}) for part in sorted(parts)},
-        kept,
-        recomputed,
-    )
+        one, two = run(0, 1), run(0, 2)
+        return Law(tokens, _regime((0, 1), one, kept=(one, two)), None)
+    r = max(least, 2)
+    step = run(r, 0), run(r + 1, 0)
+    alone = _regime((r, 0), step[0], recomputed=step)
+    if not kept:
+        return Law(tokens, None, alone)
+    one, two = run(least, 1), run(least, 2)
+    return Law(tokens, _regime((least, 1), one, recomputed=step, kept=(one, two)), alone)
 
 
 def between(one: Law, other: Law, tokens: int) -> Law:
-    """The law at other tokens, on the line through two."""
+    """The law at other tokens, on the line through two that were asked about the same."""
     if one.tokens == other.tokens:
         return one
     share = (tokens - one.tokens) / (other.tokens - one.tokens)
+    kept = one.kept.mixed(other.kept, share) if one.kept and other.kept else None
+    return Law(tokens, kept, one.alone.mixed(other.alone, share) if one.alone and other.alone else None)
 
-    def mixed(a: Affine, b: Affine) -> Affine:
-        pairs = zip((a.constant, a.recomputed, a.kept), (b.constant, b.recomputed, b.kept), strict=True)
-        return Affine(*(x + share * (y - x) for x, y in pairs))
 
-    peaks = {phase: mixed(one.peaks[phase], other.peaks[phase]) for phase in one.peaks.keys() & other.peaks.keys()}
-    return Law(
-        tokens,
-        peaks,
-        mixed(one.seconds, other.seconds),
-        mixed(one.once_more, other.once_more),
-        mixed(one.host_bytes, other.host_bytes),
-        {part: mixed(one.parts[part], other.parts[part]) for part in one.parts.keys() & other.parts.keys()},
-        one.of_kept,
-        one.of_recomputed,
+Pair = tuple[Outcome, Outcome]
+
+
+def _regime(at: tuple[int, int], base: Outcome, *, recomputed: Pair | None = None, kept: Pair | None = None) -> Regime:
+    """Through `base` at (r, p); recomputed, kept: outcomes that differ by one such layer."""
+
+    def affine(value: Callable[[Outcome], float]) -> Affine:
+        a, b = (value(pair[1]) - value(pair[0]) if pair else 0.0 for pair in (recomputed, kept))
+        return Affine(value(base) - at[0] * a - at[1] * b, a, b)
+
+    outcomes = [base, *(recomputed or ()), *(kept or ())]
+    phases = sorted(set().union(*(one.peaks for one in outcomes)))
+    parts = sorted(set().union(*(one.parts for one in outcomes)))
+    return Regime(
+        {phase: affine(lambda one, phase=phase: one.peaks[phase]) for phase in phases},
+        affine(lambda one: one.cost.step_seconds()),
+        affine(lambda one: _forward_seconds(one.cost.seconds)),
+        affine(lambda one: one.host_bytes),
+        {part: affine(lambda one, part=part: one.parts[part]) for part in parts},
     )
 
 
-def _affine(values: dict[tuple[int, int], float]) -> Affine:
-    (r, p), first = next(iter(values.items()))
-    recomputed = values.get((r + 1, p), first) - first
-    kept = values.get((r, p + 1), first) - first
-    return Affine(first - r * recomputed - p * kept, recomputed, kept)
+def _more(number: Affine, constant: float) -> Affine:
+    return replace(number, constant=number.constant + constant)
 
 
 def _forward_seconds(seconds: Counter[str]) -> float:

@@ -80,14 +80,14 @@ def _climbed(trials: Trials) -> tuple[Candidate, list[Tried]]:
     ladder = list(rungs(trials))
     for words, start in ladder:
         tokens = _least_tokens(trials, start)
-        law = _law(trials, start, tokens)
+        law = _law(trials, start, tokens, kept=False)
         fits = _least_recomputed(trials, law) is not None
         tried.append(Tried(words, round(law.peak_bytes(*_most_recomputed(trials))), fits))
         if fits:
             break
     else:
         return Candidate(start, tokens, law, _most_recomputed(trials)[0]), tried
-    best = _fastest(trials, start, tokens, law)
+    best = _fastest(trials, start, tokens, _law(trials, start, tokens))
     if len(tried) == 1 and best.recomputed and len(ladder) > 1 and ladder[1][1].levers.embedding_on_host:
         # A gather on the host takes a thousandth of a step, and what it frees recomputes a layer or two less.
         start = ladder[1][1]
@@ -115,16 +115,16 @@ def _spacious(trials: Trials) -> tuple[Candidate, list[Tried]] | None:
     return Candidate(start, tokens, law, 0), tried
 
 
-def _law(trials: Trials, settings: Settings, tokens: int, *, like: Law | None = None) -> Law:
+def _law(trials: Trials, settings: Settings, tokens: int, *, like: Law | None = None, kept: bool = True) -> Law:
     """The law of a rung; where only the embedding's place differs from the next one's, by arithmetic from that.
 
-    like: a law whose kinds of layers it is to tell of.
+    like: a law whose kinds of layers it is to tell of. kept: whether it may tell of kept layers.
     """
-    if like is not None and not like.of_recomputed:
+    if like is not None and like.alone is None:
         return trials.law(settings, tokens, recomputed=False)
     streamed = settings.levers.layers_on_host > 0
     fixed = trials.recipe.recompute_layers
-    kept = not streamed if fixed is None else fixed < trials.layers
+    kept = (kept and not streamed) if fixed is None else fixed < trials.layers
     movable = trials.target.device_type == "cuda" and trials.recipe.embedding_on_host is None and not tied(trials)
     if movable and not settings.levers.embedding_on_host:
         away = replace(settings, levers=replace(settings.levers, embedding_on_host=True))
@@ -149,8 +149,10 @@ def _most_recomputed(trials: Trials) -> tuple[int, int]:
 
 def _least_recomputed(trials: Trials, law: Law) -> int | None:
     """The fewest recomputed layers with which a pack fits; None if it does not with all of them."""
+    if law.alone is None:
+        return 0 if law.peak_bytes(0, trials.layers) <= trials.target.budget_bytes else None
     most, _ = _most_recomputed(trials)
-    fixed = trials.recipe.recompute_layers is not None or not law.of_kept
+    fixed = trials.recipe.recompute_layers is not None or law.kept is None
     for count in (most,) if fixed else range(most + 1):
         if law.peak_bytes(count, trials.layers - count) <= trials.target.budget_bytes:
             return count
@@ -266,7 +268,7 @@ def _layer_bytes(trials: Trials) -> float:
 
 def _longest(trials: Trials, start: Settings, tokens: int, law: Law) -> int:
     """Tokens of the longest example that fits under these levers, every layer recomputed where that is left open."""
-    r, p = _most_recomputed(trials) if law.of_recomputed else (0, trials.layers)
+    r, p = _most_recomputed(trials) if law.alone else (0, trials.layers)
     far = _law(trials, start, FAR * tokens, like=law)
     low, high = tokens, 2**22
     while high - low > 1:

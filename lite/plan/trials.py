@@ -53,6 +53,7 @@ class Trials:
         self.layers = skeleton.layers_of(config)
         self._skeletons: dict[tuple[object, ...], PeftModel] = {}
         self._laws: dict[tuple[object, ...], Law] = {}
+        self._outcomes: dict[tuple[object, ...], Outcome] = {}
         self.runs = 0
 
     @property
@@ -81,6 +82,12 @@ class Trials:
 
     def outcome(self, settings: Settings, tokens: int, *, layers: int | None = None) -> Outcome:
         """A step with one pack of `tokens` (two, where a pair is split) on so many layers, or on all of them."""
+        key = (settings, tokens, layers)
+        if key not in self._outcomes:
+            self._outcomes[key] = self._outcome(settings, tokens, layers)
+        return self._outcomes[key]
+
+    def _outcome(self, settings: Settings, tokens: int, layers: int | None) -> Outcome:
         self.runs += 1
         recipe, device_type = settings.into(self.recipe), self.target.device_type
         with meta_stands_for(device_type):

@@ -6,8 +6,8 @@ import psutil
 import pytest
 import torch
 
-from lite.errors import RecipeError
 import lite.plan.target
+from lite.errors import RecipeError
 from lite.plan.cards import CARDS, HOST_FREE
 from lite.plan.target import at_hand, free_host_bytes, target
 from lite.recipe import Recipe
@@ -46,7 +46,7 @@ def test_without_a_gpu_one_is_assumed_and_said() -> None:
 
 
 def test_an_unknown_card_is_an_error_with_a_suggestion() -> None:
-    with pytest.raises(RecipeError, match="--card rtx-409: not known. Did you mean rtx-4090\\? Known: rtx-3060, "):
+    with pytest.raises(RecipeError, match=r"--card rtx-409: not known\. Did you mean rtx-4090\? Known: rtx-3060, "):
         target(Recipe(), card="rtx-409")
 
 

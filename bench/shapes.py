@@ -18,8 +18,8 @@ SMALL = {
     f"small-{vocabulary // 1000}k": catalog.Shape("", "qwen3", 6, 512, 1536, 8, 4, 64, vocabulary)
     for vocabulary in (32_000, 152_000)
 }
-SMALL["tiny"] = replace(SMALL["small-32k"], layers=6, hidden_size=384, intermediate_size=1152, heads=6, kv_heads=3,
-                        vocab_size=16_000)  # fmt: skip
+SMALL["tiny"] = replace(SMALL["small-32k"], hidden_size=256, intermediate_size=768, heads=4, kv_heads=2,
+                        vocab_size=8000)  # fmt: skip
 
 
 def shape_named(name: str) -> catalog.Shape:

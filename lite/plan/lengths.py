@@ -42,7 +42,7 @@ class Row:
         each = [max(1, round(c * tokens / self.tokens)) for c in self.completions]
         prompt = tokens - sum(each)
         if prompt < 1:
-            each[0] -= 1 - prompt
+            each[each.index(max(each))] -= 1 - prompt
             prompt = 1
         return Row(prompt, tuple(max(1, c) for c in each[:count]))
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedConfig
 
 from lite.device import meta_stands_for
@@ -103,8 +104,8 @@ class Trials:
             model = self._skeleton(Levers(), 2)
         base = model.get_base_model()
         embedding, head = base.get_input_embeddings().weight, base.get_output_embeddings().weight
-        per_layer = [sum(t.nbytes for t in frozen_tensors(layer)) for layer in decoder_layers(model).values()]
-        total = sum({t.untyped_storage()._cdata: t.nbytes for t in frozen_tensors(model)}.values())
+        per_layer = [_frozen_bytes(layer) for layer in decoder_layers(model).values()]
+        total = _frozen_bytes(model)
         tied = embedding is head
         found = {"embedding": embedding.nbytes, "head": 0 if tied else head.nbytes}
         rest = total - sum(per_layer) - sum(found.values())
@@ -122,6 +123,11 @@ class Trials:
         else:
             _recompute(self._skeletons[key], levers)
         return self._skeletons[key]
+
+
+def _frozen_bytes(model: nn.Module) -> int:
+    """Of what is not trained, each tensor once however many names it has."""
+    return sum({t.untyped_storage()._cdata: t.nbytes for t in frozen_tensors(model)}.values())
 
 
 def _recompute(model: PeftModel, levers: Levers) -> None:

@@ -68,6 +68,9 @@ OF_RECOMPUTED = {
 }
 
 
+WITHOUT_KEEPING = ("flash", "eager", "padded")  # implementations of attention whose result is not kept
+
+
 def _of_memory(values: Mapping[str, Any]) -> list[Problem]:
     """A card that is no size, and levers without the recomputed layers that they work on."""
     found = []
@@ -79,7 +82,13 @@ def _of_memory(values: Mapping[str, Any]) -> list[Problem]:
             if values.get(key):
                 text = f" = {values[key]!r} beside recompute_layers = 0: it {why}. Leave one of them out."
                 found.append(Problem(key, text))
-    elif isinstance(recomputed, int) and isinstance(on_host, int) and on_host > recomputed:
+    attention = values.get("attn_implementation")
+    if values.get("keep_attention") and attention in WITHOUT_KEEPING:
+        text = (
+            f" = True beside attn_implementation = {attention}: only lite's own attention can be kept. Leave one out."
+        )
+        found.append(Problem("keep_attention", text))
+    if recomputed != 0 and isinstance(recomputed, int) and isinstance(on_host, int) and on_host > recomputed:
         text = f" = {on_host} beside recompute_layers = {recomputed}: a layer on the host must be recomputed."
         found.append(Problem("layers_on_host", text))
     return found

@@ -150,11 +150,13 @@ def _sweep(key: str, plans: list[tuple[int, "Plan"]], asked: dict[str, Any]) -> 
 
         numbers = [number for number, _ in plans]
         budget = plans[0][1].target.budget_bytes / GIB
+        lines = {"peak on the card": (numbers, [made.peak_bytes / GIB for _, made in plans])}
+        if any(made.levers_on_host for _, made in plans):
+            lines["in host memory"] = (numbers, [made.host_bytes / GIB for _, made in plans])
+        label = f"usable: {budget:.1f} GiB"
         file = curves(
-            Path(asked["plot"]),
-            {"peak": (numbers, [made.peak_bytes / GIB for _, made in plans])},
-            x=options.flag(key), y="peak memory (GiB)", limit=(budget, f"usable: {budget:.1f} GiB"), log2_x=True,
-        )  # fmt: skip
+            Path(asked["plot"]), lines, x=options.flag(key), y="memory (GiB)", limit=(budget, label), log2_x=True
+        )
         print(f"plot      {file}", file=sys.stderr if asked.get("json") else sys.stdout)
     return 0
 

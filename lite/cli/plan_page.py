@@ -114,10 +114,14 @@ def _bars(plan: "Plan") -> Table:
 
 
 def _facts(plan: "Plan", settings: str) -> Iterable[tuple[str, str]]:
+    from lite.plan import words
+
     weights = ", ".join(f"{name} {in_gib(size)}" for name, size in plan.weights.items() if size >= 2**20)
     yield "weights", weights
     if plan.levers_on_host:
         yield "host memory", f"{in_gib(plan.host_bytes)}, pinned"
+    if told := words.loading(plan):
+        yield "loading", told
     yield "settings", settings
     for one in plan.tried:
         if not one.fits:

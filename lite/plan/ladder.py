@@ -25,7 +25,7 @@ def rungs(trials: Trials) -> Iterator[tuple[str, Settings]]:
     steps: list[tuple[str, str, object, bool]] = [
         ("the input embedding on the host", "embedding_on_host", True, on_card and not tied(trials)),
         ("logits of fewer tokens at once", "chunk_tokens", SMALL_CHUNK_TOKENS, True),
-        ("checkpoints on the host", "offload_checkpoints", True, on_card and recipe.recompute_layers != 0),
+        ("checkpoints on the host", "offload_checkpoints", True, on_card and _inputs_fit_the_host(trials)),
         ("the MLP in tiles", "mlp_tile_tokens", TILE_TOKENS, _longest_pack(trials) > TILE_TOKENS),
         ("pairs one completion at a time", "split_pairs", True, len(recipe.signature.completions) > 1),
         ("frozen layers on the host", "layers_on_host", 1, on_card and recipe.recompute_layers != 0),
@@ -44,6 +44,13 @@ def rungs(trials: Trials) -> Iterator[tuple[str, Settings]]:
 def tied(trials: Trials) -> bool:
     """Whether the head is the input embedding, which then must stay on the device."""
     return bool(getattr(trials.config.get_text_config(), "tie_word_embeddings", False))
+
+
+def _inputs_fit_the_host(trials: Trials) -> bool:
+    """Whether the inputs of all layers, of one pack with the longest example, have room in host memory."""
+    width = trials.config.get_text_config().hidden_size * trials.target.dtype.itemsize
+    inputs_bytes = trials.layers * _longest_pack(trials) * width
+    return trials.recipe.recompute_layers != 0 and inputs_bytes <= trials.target.host_budget_bytes
 
 
 def _longest_pack(trials: Trials) -> int:

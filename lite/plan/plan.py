@@ -21,6 +21,8 @@ from lite.plan.trials import SETTLED, Settings, Trials
 from lite.recipe import Recipe
 
 PLENTY = 0.5  # of the budget: where a few layers tell of no more, the whole model is not run
+QUANTISED_A_SECOND = 25e6  # weights, by bitsandbytes on two cores; a checkpoint that is quantised already needs none
+NF4_BITS = 4.127  # a weight, its scales quantised again
 CONFIRMATIONS = 3  # whole runs at most, each with a layer more recomputed, before the least hungry settings are taken
 Said = Callable[[str], None]
 
@@ -58,6 +60,13 @@ class Plan:
         """Whether anything was put into host memory to make room."""
         levers = self.settings.levers
         return levers.offload_checkpoints or levers.embedding_on_host or levers.layers_on_host > 0
+
+    @property
+    def quantising_seconds(self) -> float:
+        """Of loading, where the weights are quantised on the CPU since some of them stay there; else 0."""
+        on_cpu = self.settings.levers.layers_on_host and (self.recipe.load_in_4bit or self.recipe.load_in_8bit)
+        weights = self.weights["layers"] * (8 / NF4_BITS if self.recipe.load_in_4bit else 1)
+        return weights / QUANTISED_A_SECOND if on_cpu else 0.0
 
     @property
     def training_seconds(self) -> float | None:

@@ -66,10 +66,7 @@ class Candidate:
 
 
 def search(trials: Trials, *, longest: bool = True) -> Chosen:
-    """The fastest settings that fit; the least hungry ones, with `fits` false, if none do.
-
-    longest: whether to find how long an example may be under them; that takes two runs more.
-    """
+    """The fastest settings that fit; the least hungry ones, with `fits` false, if none do. longest: as `plan` has it."""
     best, tried = _spacious(trials) or _climbed(trials)
     return _finish(trials, best, tried, longest=longest)
 
@@ -79,9 +76,13 @@ def _climbed(trials: Trials) -> tuple[Candidate, list[Tried]]:
     tried: list[Tried] = []
     ladder = list(rungs(trials))
     for words, start in ladder:
+        weights = _weights_bytes(trials, start)
+        if weights > trials.target.budget_bytes and start != ladder[-1][1]:
+            tried.append(Tried(words, weights, False))  # no step need be run to know
+            continue
         tokens = _least_tokens(trials, start)
         law = _law(trials, start, tokens, kept=False)
-        fits = _least_recomputed(trials, law) is not None
+        fits = _least_recomputed(trials, start, law) is not None
         tried.append(Tried(words, round(law.peak_bytes(*_most_recomputed(trials))), fits))
         if fits:
             break
@@ -113,6 +114,12 @@ def _spacious(trials: Trials) -> tuple[Candidate, list[Tried]] | None:
         return None
     tried = [Tried("no lever", round(law.peak_bytes(0, trials.layers)), True)]
     return Candidate(start, tokens, law, 0), tried
+
+
+def _weights_bytes(trials: Trials, settings: Settings) -> int:
+    """The frozen weights that stay on the device."""
+    away = {"embedding": settings.levers.embedding_on_host, "layers": settings.levers.layers_on_host > 0}
+    return sum(size for name, size in trials.static().items() if not away.get(name))
 
 
 def _law(trials: Trials, settings: Settings, tokens: int, *, like: Law | None = None, kept: bool = True) -> Law:
@@ -147,16 +154,26 @@ def _most_recomputed(trials: Trials) -> tuple[int, int]:
     return count, trials.layers - count
 
 
-def _least_recomputed(trials: Trials, law: Law) -> int | None:
-    """The fewest recomputed layers with which a pack fits; None if it does not with all of them."""
+def _least_recomputed(trials: Trials, settings: Settings, law: Law) -> int | None:
+    """The fewest recomputed layers with which a pack fits, here and on the host; None if it does not with all."""
     if law.alone is None:
         return 0 if law.peak_bytes(0, trials.layers) <= trials.target.budget_bytes else None
     most, _ = _most_recomputed(trials)
     fixed = trials.recipe.recompute_layers is not None or law.kept is None
     for count in (most,) if fixed else range(most + 1):
-        if law.peak_bytes(count, trials.layers - count) <= trials.target.budget_bytes:
+        on_device = law.peak_bytes(count, trials.layers - count) <= trials.target.budget_bytes
+        if on_device and _host_bytes(trials, settings, law, count) <= trials.target.host_budget_bytes:
             return count
     return None
+
+
+def _host_bytes(trials: Trials, settings: Settings, law: Law, count: int) -> float:
+    """What lies in host memory; the law of streamed layers has all of them there."""
+    found = law.host_bytes(count, trials.layers - count)
+    if settings.levers.layers_on_host:
+        stay = count - _fewest_on_host(trials, law, count)
+        found -= stay * trials.static()["layers"] / trials.layers
+    return found
 
 
 def _fastest(trials: Trials, start: Settings, tokens: int, law: Law) -> Candidate:
@@ -164,7 +181,7 @@ def _fastest(trials: Trials, start: Settings, tokens: int, law: Law) -> Candidat
     streamed = start.levers.layers_on_host > 0
 
     def candidate(settings: Settings, wide: int, here: Law) -> Candidate | None:
-        fewest = _least_recomputed(trials, here)
+        fewest = _least_recomputed(trials, settings, here)
         if fewest is None:
             return None
         return Candidate(settings, wide, here, fewest)
@@ -214,7 +231,7 @@ def _relaxed(trials: Trials, best: Candidate, rung: Settings) -> Candidate:
             continue
         tokens = max(best.tokens, _least_tokens(trials, without))
         law = _law(trials, without, tokens)
-        fewest = _least_recomputed(trials, law)
+        fewest = _least_recomputed(trials, without, law)
         if fewest is not None:
             best = Candidate(without, tokens, law, fewest)
     return best
@@ -234,7 +251,7 @@ def _last_lever(rung: Settings, rest: Settings) -> str:
 
 def _finish(trials: Trials, best: Candidate, tried: list[Tried], *, longest: bool) -> Chosen:
     start, tokens, law, count = best.settings, best.tokens, best.law, best.recomputed
-    fits = _least_recomputed(trials, law) is not None
+    fits = _least_recomputed(trials, start, law) is not None
     reach = _longest(trials, start, tokens, law) if fits and longest else 0
     levers = replace(start.levers, recompute_layers=count)
     if start.levers.layers_on_host:

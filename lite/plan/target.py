@@ -14,6 +14,7 @@ from lite.recipe import Recipe
 from lite.sizes import GIB, in_gib, size_bytes
 from lite.spellings import nearest
 
+ASSUMED_HOST_GIB = 64  # beside a card that is not at hand
 ASSUMED_CARD_GIB = 24  # where there is no GPU and none is named
 CGROUP = Path("/sys/fs/cgroup")
 
@@ -26,10 +27,15 @@ class Target:
     card: Card
     budget_bytes: int  # of live tensors
     memory_bytes: int  # of the card, or free on this machine
-    host_bytes: int | None  # free beside it; None of a machine that is not at hand
+    host_bytes: int  # free beside it, or assumed
     dtype: torch.dtype
     at_hand: bool
     assumptions: tuple[str, ...] = ()
+
+    @property
+    def host_budget_bytes(self) -> int:
+        """What levers may put into host memory."""
+        return round(self.host_bytes * cards.HOST_FREE)
 
     @property
     def reserve_bytes(self) -> int:
@@ -91,8 +97,10 @@ def _named(recipe: Recipe, name: str | None) -> Target:
             said.append(f"no GPU here: a card of {ASSUMED_CARD_GIB} GB is assumed; --vram or --card names another")
         card = cards.of_size(size)
         said.append(f"speed: that of a {card.name}; --card names another")
+    said.append(f"{ASSUMED_HOST_GIB} GB of host memory")
     dtype = torch.float32 if recipe.dtype == "float32" else torch.bfloat16
-    return Target("cuda", card, card.usable_bytes, card.memory_bytes, None, dtype, False, tuple(said))
+    host = ASSUMED_HOST_GIB * GIB
+    return Target("cuda", card, card.usable_bytes, card.memory_bytes, host, dtype, False, tuple(said))
 
 
 def _resized(card: Card, memory_bytes: int) -> Card:

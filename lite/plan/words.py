@@ -36,6 +36,14 @@ def settings(plan: Plan) -> str:
     return ", ".join(words)
 
 
+def loading(plan: Plan) -> str | None:
+    """What is to be known of loading, if it takes long."""
+    if plan.quantising_seconds < 60:
+        return None
+    minutes = round(plan.quantising_seconds / 60)
+    return f"quantises on the CPU first, about {minutes} min each time; a checkpoint that is in 4 bits already does not"
+
+
 def refusal(plan: Plan) -> str:
     """Why a run does not start, and what would let it."""
     lines = [

@@ -34,6 +34,8 @@ def plan_run(
         progress.note("going on with every layer recomputed; what does not fit will be told when it happens")
         return _unplanned(recipe), None
     progress.note(f"plan: {words.summary(plan)}")
+    if told := words.loading(plan):
+        progress.note(f"loading {told}")
     if not plan.fits:
         if not (recipe.force or go_on):
             raise RunError(words.refusal(plan))

@@ -66,7 +66,7 @@ class Candidate:
 
 
 def search(trials: Trials, *, longest: bool = True) -> Chosen:
-    """The fastest settings that fit; the least hungry ones, with `fits` false, if none do. longest: as `plan` has it."""
+    """The fastest settings that fit; the least hungry ones, with `fits` false, if none do. longest: as in `plan`."""
     best, tried = _spacious(trials) or _climbed(trials)
     return _finish(trials, best, tried, longest=longest)
 

@@ -48,7 +48,7 @@ DATA = Path("/work/shared/data/dpo_en_demo.json")
 CHARACTERS = 4  # a token
 CHUNKS = (128, 512, 2048)  # of the head; those longer than a pack are one
 STORAGES = ("nf4", "fp32")
-FINALISTS = 4  # beside the choice
+FINALISTS = 5  # beside the choice
 BOUND = 1.05
 
 
@@ -148,7 +148,9 @@ def compared(example: Example, clock: Clock, rounds: int) -> Found:
         choices[name] = plan.settings
         outcomes.setdefault(plan.settings, trials.outcome(plan.settings, plan.tokens))
     print(f"  {len(outcomes)} settings, {trials.runs} dry runs", flush=True)
-    first = clock.in_turn(list(outcomes), rounds=2)
+    began = time.perf_counter()
+    first = clock.in_turn(list(outcomes), rounds=1)
+    print(f"  all once: {time.perf_counter() - began:.0f} s", flush=True)
     found: Found = {"rows": [[len(r.prompt), *map(len, r.completions)] for r in example.rows], "budgets": {}}
     found["settings"] = [
         {**told(one), "peak_bytes": outcome.peak_bytes, **first[one],
@@ -210,8 +212,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny", help="a small shape of shapes.py")
     parser.add_argument("--storages", nargs="+", default=list(STORAGES), choices=STORAGES)
-    parser.add_argument("--rows", type=int, default=5, help="of a step")
-    parser.add_argument("--most-tokens", type=int, default=320, help="of a row")
+    parser.add_argument("--rows", type=int, default=4, help="of a step")
+    parser.add_argument("--most-tokens", type=int, default=280, help="of a row")
     parser.add_argument("--rounds", type=int, default=7, help="of the finalists")
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--out", type=Path)

@@ -7,8 +7,8 @@ Needs no download: weights are random, made where they compute. A step is one pa
 tokens are those of the pair, its prompt counted once, whoever computes it twice. "Plain" is a padded batch and whole
 logits. On a CPU each row is a process of its own, its speed is of CPU seconds, and what lies "on the host" lies in the
 same memory: those levers are then a matter of placement, and the plan's device and host bytes are put together beside
-what was measured. On CUDA models are made one after the other in this process, and rows for which --minutes are over
-are left out, by name.
+what was measured. On CUDA models are made one after the other in this process, and contenders for which --minutes are
+over are left out, by name.
 """
 
 import argparse
@@ -29,7 +29,10 @@ from lite.sizes import GIB
 
 # (models, storages, lengths) where none are asked for.
 ON_CPU = (["small-32k"], ["nf4", "fp32"], [256, 512, 1024])
-ON_CUDA = (["qwen2.5-14b", "qwen3-14b", "llama-8b"], ["nf4"], [4096, 16384])
+ON_CUDA = (["qwen2.5-14b", "qwen3-14b", "llama-8b"], ["nf4"], [2048, 8192])
+# There every model has its turn with each of these before the next, for time may run out.
+ORDER = ("recompute all", "plain, recompute", "all together", "none", "embedding on host", "offload", "layers on host",
+         "small chunk", "MLP in tiles", "recompute half", "all but attention", *OTHERS)  # fmt: skip
 PER_CASE = 45.0  # seconds that a case on CUDA may take: none begins when fewer are left
 COLUMNS = ("model", "storage", "contender", "tokens", "planned_bytes", "planned_host_bytes", "static_bytes",
            "allocator_bytes", "resident_bytes", "ratio", "seconds", "cpu_seconds", "tokens_per_second",
@@ -104,7 +107,9 @@ def main() -> None:
     models, storages, lengths = ON_CUDA if device.type == "cuda" else ON_CPU
     models, storages = options.models or models, options.storages or storages
     lengths = sorted(options.tokens or lengths)
-    contenders = options.contenders or (*LEVERS, *OTHERS)
+    cases = [Case(m, s, c, device) for m in models for s in storages for c in options.contenders or (*LEVERS, *OTHERS)]
+    if device.type == "cuda":
+        cases.sort(key=lambda case: ORDER.index(case.contender))
     if device.type == "cuda" and options.cap_gib:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(options.cap_gib * GIB / total)
@@ -114,7 +119,7 @@ def main() -> None:
     rows: list[Found] = []
     left_out: list[str] = []
     print(f"{'':46s} {'planned':>8s} {'host':>6s} {'allocated':>9s} {'ratio':>6s} {'resident':>9s} {'tokens/s':>9s}")
-    for case in (Case(m, s, c, device) for m in models for s in storages for c in contenders):
+    for case in cases:
         if device.type == "cuda" and time.perf_counter() - started > options.minutes * 60 - PER_CASE:
             left_out.append(f"{case.model} {case.storage} {case.contender}")
             continue

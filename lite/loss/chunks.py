@@ -154,16 +154,18 @@ class _Chunks:
     the product is not rounded to bf16 on its way to the softmax.
     """
 
-    TILE_ROWS = 4  # of 150,000 words in fp32: 2.4 MB
+    TILE_BYTES = 2_500_000  # of four rows of 150,000 words in fp32
 
     def __init__(self, hidden: Tensor, settings: _Settings) -> None:
         self.settings, self.dtype, self.precise = settings, hidden.dtype, softmax.accumulator(hidden.dtype)
         words = len(settings.head.weight)
         self.buffer = self.tile = None
+        most = min(settings.chunk_tokens, len(hidden))
+        self.rows = max(1, min(most, self.TILE_BYTES // (words * self.precise.itemsize)))
         if kind(hidden) != "cuda":
-            self.buffer = hidden.new_empty(min(settings.chunk_tokens, len(hidden)), words)
+            self.buffer = hidden.new_empty(most, words)
             if self.dtype != self.precise:
-                self.tile = hidden.new_empty(self.TILE_ROWS, words, dtype=self.precise)
+                self.tile = hidden.new_empty(self.rows, words, dtype=self.precise)
 
     def measured(
         self, hidden: Tensor, chunk: slice, *, slope: bool, coefficients: Tensor | None = None
@@ -171,7 +173,7 @@ class _Chunks:
         """The measure of hidden[chunk] and, if asked for, d −value / d product (C, V), rows times `coefficients`."""
         hidden = hidden[chunk]
         product = self._product(hidden)
-        size = self.TILE_ROWS if self.buffer is not None else max(len(hidden), 1)
+        size = self.rows if self.buffer is not None else max(len(hidden), 1)
         parts = []
         for start in range(0, max(len(hidden), 1), size):
             rows = slice(start, min(start + size, len(hidden)))

@@ -34,6 +34,8 @@ OWN = (
     ),
     Setting("plot", str, ("--plot",), "FILE", "Draw what --sweep finds: .png, .svg or .html.", (), "Plan"),
 )  # fmt: skip
+# Settings that change which rows there are, how long, or how many in a step.
+OF_ROWS = ("max_length", "batch_size", "max_steps")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -54,6 +56,8 @@ def main(arguments: Sequence[str]) -> int:
     recipe, asked = training.parsed(method, arguments[1:], own, program=f"lite plan {method}")
     _check(asked)
     values = _values(recipe, asked["sweep"]) if asked.get("sweep") else None
+    # Before anything is loaded, so that a value out of its range is told at once.
+    changed = {number: Recipe(**{**recipe.resolved(), values[0]: number}) for number in values[1]} if values else {}
     from lite.cli import session
     from lite.cli.progress import shown as progress_shown
 
@@ -74,8 +78,10 @@ def main(arguments: Sequence[str]) -> int:
             plans = []
             for number in numbers:
                 progress.stage(f"{options.flag(key)} {number:,}")
-                changed = recipe.model_copy(update={key: number})
-                plans.append((number, planning.plan(changed, rows=rows, where=where, quick=True, advise=False)))
+                if rows is not None and key in OF_ROWS:
+                    rows = _lengths(changed[number], progress)
+                made = planning.plan(changed[number], rows=rows, where=where, quick=True, advise=False)
+                plans.append((number, made))
             return _sweep(key, plans, asked)
         made = planning.plan(recipe, rows=rows, where=where, quick=asked.get("quick", False), said=progress.stage)
     if asked.get("json"):

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from lite.plan import cards, skeleton
 from lite.plan.lengths import Lengths
-from lite.plan.search import search
+from lite.plan.search import least_bytes, search
 from lite.plan.target import Target
 from lite.plan.trials import SETTLED, Trials
 from lite.recipe import Recipe
@@ -43,9 +43,7 @@ def advice(recipe: Recipe, rows: Lengths, where: Target) -> Iterator[str]:
     if low < len(lengths):
         yield f"--max-length {lengths[low][0]}"
         found = True
-    needs = search(Trials(recipe, config, rows, where), longest=False).tried
-    least = min(one.least_bytes for one in needs)
-    yield memory(least, where) + ("" if found else "; nothing smaller helps")
+    yield memory(least_bytes(Trials(recipe, config, rows, where)), where) + ("" if found else "; nothing smaller helps")
 
 
 def memory(needed_bytes: int, where: Target) -> str:

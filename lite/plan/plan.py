@@ -174,26 +174,29 @@ def _confirmed(
         over = outcome.peak_bytes > trials.target.budget_bytes
         if not (over and chosen.fits and chosen.kept and trials.recipe.recompute_layers is None):
             break
-        chosen = _recomputing(chosen, 1)
+        chosen = _recomputing(trials, chosen, 1)
     else:
-        chosen = _recomputing(chosen, chosen.kept)
+        chosen = _recomputing(trials, chosen, chosen.kept)
         outcome = trials.outcome(chosen.settings, chosen.tokens)
     seconds = _seconds(trials, chosen)
     return chosen, outcome.peak_bytes, outcome.parts, outcome.host_bytes, seconds
 
 
-def _recomputing(chosen: Chosen, more: int) -> Chosen:
+def _recomputing(trials: Trials, chosen: Chosen, more: int) -> Chosen:
     """The same with so many layers more recomputed."""
+    law = chosen.law if chosen.law.alone else trials.law(chosen.settings, chosen.tokens)
     levers = replace(chosen.settings.levers, recompute_layers=chosen.recomputed + more)
     settings = replace(chosen.settings, levers=levers)
-    return replace(chosen, settings=settings, recomputed=chosen.recomputed + more, kept=chosen.kept - more)
+    return replace(chosen, settings=settings, law=law, recomputed=chosen.recomputed + more, kept=chosen.kept - more)
 
 
 def _seconds(trials: Trials, chosen: Chosen) -> float:
     return Candidate(chosen.settings, chosen.tokens, chosen.law, chosen.recomputed).step_seconds(trials)
 
 
-def settled(recipe: Recipe, examples: Sequence[TokenExample], steps: int, said: Said = lambda _: None) -> Plan:
-    """The plan of a run on this machine, on the rows that it trains on."""
+def settled(
+    recipe: Recipe, examples: Sequence[TokenExample], steps: int, *, advise: bool = True, said: Said = lambda _: None
+) -> Plan:
+    """The plan of a run on this machine, on the rows that it trains on; `advise` as in `plan`."""
     rows = lengths.of_examples(examples, recipe, steps)
-    return plan(recipe, rows=rows, where=at_hand(recipe), longest=False, said=said)
+    return plan(recipe, rows=rows, where=at_hand(recipe), longest=False, advise=advise, said=said)

@@ -71,6 +71,13 @@ def search(trials: Trials, *, longest: bool = True) -> Chosen:
     return _finish(trials, best, tried, longest=longest)
 
 
+def least_bytes(trials: Trials) -> int:
+    """What the longest example takes at the least, all levers pulled."""
+    *_, (_, start) = rungs(trials)
+    law = _law(trials, start, _least_tokens(trials, start), kept=False)
+    return round(law.peak_bytes(*_most_recomputed(trials)))
+
+
 def _climbed(trials: Trials) -> tuple[Candidate, list[Tried]]:
     """The best on the first rung of the ladder where the longest example fits; the last rung if it fits on none."""
     tried: list[Tried] = []

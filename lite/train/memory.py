@@ -28,7 +28,7 @@ def plan_run(
     """
     progress.stage("planning the memory")
     try:
-        plan = settled(recipe, data.train, steps)
+        plan = settled(recipe, data.train, steps, advise=not (recipe.force or go_on))
     except ModelError as error:
         progress.note(f"no plan: {error}")
         progress.note("going on with every layer recomputed; what does not fit will be told when it happens")

@@ -116,7 +116,7 @@ def wide_recipe(folder: Path, **settings: object) -> Recipe:
 def where_of(budget: float, card: str = "rtx-4090") -> Target:
     """A card of which a step may take so many bytes."""
     room = round((budget + CONTEXT_BYTES) / (1 - FRAGMENTATION))
-    return Target("cuda", CARDS[card], round(budget), room, None, torch.bfloat16, False)
+    return Target("cuda", CARDS[card], round(budget), room, 2**45, torch.bfloat16, False)
 
 
 def trials_of(recipe: Recipe, budget: float, rows: Lengths | None = None) -> Trials:

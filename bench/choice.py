@@ -12,15 +12,15 @@ is lite's own, with its optimizer; seconds are the process's CPU seconds on one 
 
 import argparse
 import gc
+import itertools
 import json
 import random
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from measuring import Found, command, machine, save
@@ -30,8 +30,8 @@ from steps import Step, lite_step
 from transformers import AutoModelForCausalLM
 
 from lite.data.examples import Place, TokenExample
-from lite.data.packing import pack_sizes
-from lite.engine.layout import layout_of
+from lite.data.packing import lay_out
+from lite.data.packs import Layout
 from lite.memory.checkpoint import checkpoint_layers
 from lite.memory.levers import Levers
 from lite.model import adapters, catalog, load
@@ -46,10 +46,11 @@ from lite.train import machine as run_machine
 
 DATA = Path("/work/shared/data/dpo_en_demo.json")
 CHARACTERS = 4  # a token
-CHUNKS = (128, 512, 2048)  # of the head; those longer than a pack are one
+CHUNKS = (128, 512, 2048)  # of the head
 STORAGES = ("nf4", "fp32")
 FINALISTS = 5  # beside the choice
 BOUND = 1.05
+Computed = tuple[tuple[int, ...], int, int]  # tokens of the packs, chunk, recomputed layers
 
 
 @dataclass(frozen=True)
@@ -65,19 +66,20 @@ class Example:
         rows = lengths.of_examples(self.rows, self.recipe, 1)
         return Trials(self.recipe, skeleton.config_of(self.recipe), rows, at_hand(self.recipe))
 
-    def grid(self, layout: Any) -> Iterator[Settings]:
-        """Settings that differ in what they compute: two limits that make the same packs are one."""
+    def grid(self) -> Iterator[Settings]:
+        """Limits of a pack from the longest row to all of them, chunks of the head, and layers recomputed."""
         longest, total = max(r.tokens for r in self.rows), sum(r.tokens for r in self.rows)
-        seen = set()
-        for share in (1.0, 1.5, 2.0, 3.0, total / longest):
-            tokens = min(total, round(longest * share))
-            packs = tuple(pack_sizes(self.rows, replace(layout, tokens_per_pack=tokens)))
-            if packs in seen:
-                continue
-            seen.add(packs)
-            for chunk in (chunk for chunk in CHUNKS if chunk == min(CHUNKS) or chunk < max(packs)):
-                for count in (0, self.layers // 4, self.layers // 2, self.layers):
-                    yield Settings(tokens, chunk, False, Levers(recompute_layers=count))
+        limits = dict.fromkeys(min(total, round(longest * share)) for share in (1.0, 1.5, 2.0, 3.0, total / longest))
+        for tokens, chunk in itertools.product(limits, CHUNKS):
+            for count in (0, self.layers // 4, self.layers // 2, self.layers):
+                yield Settings(tokens, chunk, False, Levers(recompute_layers=count))
+
+    def computed(self, settings: Settings) -> Computed:
+        """What a step computes under settings: those that make the same packs and chunks are one."""
+        layout = Layout(self.recipe.signature.completions, tokens_per_pack=settings.tokens_per_pack)
+        packs = lay_out(self.rows, layout).packs
+        chunk = min(settings.chunk_tokens, max(len(pack.labels) for pack in packs))
+        return tuple(pack.tokens for pack in packs), chunk, settings.levers.recompute_layers
 
 
 class Clock:
@@ -136,17 +138,19 @@ def compared(example: Example, clock: Clock, rounds: int) -> Found:
     """Every budget of an example: the choice, the grid, and how they compare."""
     trials = example.trials()
     total, longest = trials.rows.batch_tokens, trials.rows.longest.tokens
-    outcomes = {
-        one: trials.outcome(one, one.tokens_per_pack) for one in example.grid(layout_of(example.recipe, clock.model))
-    }
+    different: dict[Computed, Settings] = {}
+    for one in example.grid():
+        different.setdefault(example.computed(one), one)
+    outcomes = {one: trials.outcome(one, one.tokens_per_pack) for one in different.values()}
     limits = budgets(trials, longest, total)
     choices = {}
     for name, limit in limits.items():
         plan = settled(example.recipe.model_copy(update={"vram": f"{limit / GIB:.6f}GB"}), example.rows, 1)
         if plan.settings.levers != Levers(plan.settings.levers.recompute_layers) or not plan.fits:
             raise SystemExit(f"{name}: a choice that this program does not time: {plan.settings}")
-        choices[name] = plan.settings
-        outcomes.setdefault(plan.settings, trials.outcome(plan.settings, plan.tokens))
+        choices[name] = different.setdefault(example.computed(plan.settings), plan.settings)
+        if choices[name] not in outcomes:
+            outcomes[choices[name]] = trials.outcome(plan.settings, plan.tokens)
     print(f"  {len(outcomes)} settings, {trials.runs} dry runs", flush=True)
     began = time.perf_counter()
     first = clock.in_turn(list(outcomes), rounds=1)

@@ -6,6 +6,7 @@ import pytest
 
 from lite import recipe as recipes
 from lite.model import catalog
+from lite.plan.plan import plan
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -43,3 +44,13 @@ def test_weights_take_what_the_comment_says(path: Path) -> None:
     weights_bytes = quantised * bits / 8 + (shape.parameters - quantised) * 2
     stated = float(path.read_text(encoding="utf-8").split("The weights take ")[1].split(" GiB")[0])
     assert abs(weights_bytes / 2**30 - stated) <= 0.06
+
+
+@pytest.mark.parametrize("name", ["llama-8b-orpo", "qwen-14b-kto"])
+def test_fits_the_card_that_it_names(name: str) -> None:
+    """By a few layers, of rows as long as may be; of the largest model and of a loss that needs more than pairs."""
+    path = ROOT / "recipes" / f"{name}.yaml"
+    gigabytes = path.read_text(encoding="utf-8").split("# For a card of ")[1].split(" GB")[0]
+    recipe = recipes.load(path).model_copy(update={"vram": f"{gigabytes}GB", "batch_size": 1})
+    made = plan(recipe, quick=True, longest=False, advise=False)
+    assert made.fits, made.tried

@@ -8,7 +8,6 @@ import pytest
 
 from lite.cli import main
 from lite.engine.layout import TOKENS_PER_PACK
-from lite.errors import RunError
 from lite.plan.trials import SETTLED
 from lite.recipe import Recipe, load
 from lite.train import resume, train
@@ -65,28 +64,26 @@ def test_planned_and_measured_stand_side_by_side(recipe: Callable[..., Recipe]) 
     assert [m["loss"] for m in again.metrics if "loss" in m] == [m["loss"] for m in run.metrics if "loss" in m]
 
 
-def test_what_does_not_fit_does_not_start(recipe: Callable[..., Recipe]) -> None:
-    """It says how much is needed, where the longest row is and what would help; `force` goes on, and so does resume."""
-    small = recipe(vram="0.2MB", max_steps=1, recompute_layers=2, split_pairs=False, chunk_tokens=64)
-    with pytest.raises(RunError, match="It does not fit: ") as refused:
-        train(small)
-    assert "The longest example is " in str(refused.value)
-    assert "pairs.jsonl:" in str(refused.value)
-    assert "--force trains all the same" in str(refused.value)
-    assert not Path(small.output_dir).exists()
-    notes = Notes()
-    run = train(small.model_copy(update={"force": True}), notes)
-    assert "it goes on all the same" in notes.said
-    assert resume(run.folder, max_steps=2).result["steps"] == 2
-
-
-def test_as_typed_it_ends_with_2(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    typed = ["orpo", "--model", str(tiny / "model"), "--data", str(tiny / "pairs.jsonl"), "--device", "cpu"]
-    typed += ["--dtype", "float32", "--recompute-layers", "2", "--chunk-tokens", "64", "--no-split-pairs"]
-    assert main([*typed, "--vram", "0.2MB", "--output-dir", str(tmp_path / "run")]) == 2
+def test_what_does_not_fit_does_not_start(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It says how much is needed, where the longest row is and what would help, and ends with 2."""
+    typed = ["orpo", "--model", str(tiny / "model"), "--data", str(tiny / "pairs.jsonl"), "--device", "cpu", "--4bit"]
+    typed += ["--dtype", "float32", "--chunk-tokens", "64", "--no-split-pairs", "--optimizer", "adamw-8bit"]
+    assert main([*typed, "--lora-r", "4", "--vram", "0.2MB", "--output-dir", str(tmp_path / "run")]) == 2
     said = capsys.readouterr().err
     assert "error: It does not fit: " in said
+    assert "The longest example is " in said
+    assert "pairs.jsonl:" in said
+    assert "--force trains all the same" in said
     assert "Traceback" not in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_force_goes_on_and_so_does_resume(recipe: Callable[..., Recipe]) -> None:
+    notes = Notes()
+    small = recipe(vram="0.2MB", max_steps=1, recompute_layers=2, split_pairs=False, chunk_tokens=64, force=True)
+    run = train(small, notes)
+    assert "it goes on all the same" in notes.said
+    assert resume(run.folder, max_steps=2).result["steps"] == 2
 
 
 def test_a_run_without_a_plan_goes_on_and_says_so(recipe: Callable[..., Recipe], tmp_path: Path) -> None:

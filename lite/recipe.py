@@ -23,6 +23,7 @@ __all__ = [
     "Recipe",
     "expected",
     "load",
+    "planned_settings",
     "problems",
     "read_yaml",
     "setting",
@@ -32,11 +33,22 @@ BUNDLED = "bundled"
 HEADLINE = "The recipe cannot be used:"
 
 
-def setting(default: Any, description: str, *, panel: str, unit: str = "", flag: str = "", **limits: Any) -> Any:
-    """A field of the recipe; `panel` groups the help, `unit` ends its line, `flag` is a shorter name for it."""
-    return Field(
-        default, description=description, json_schema_extra={"panel": panel, "unit": unit, "flag": flag}, **limits
-    )
+def setting(
+    default: Any,
+    description: str,
+    *,
+    panel: str,
+    unit: str = "",
+    flag: str = "",
+    planned: bool = False,
+    **limits: Any,
+) -> Any:
+    """A field of the recipe; `panel` groups the help, `unit` ends its line, `flag` is a shorter name for it.
+
+    planned: where it is None, the plan of the run chooses it.
+    """
+    extra = {"panel": panel, "unit": unit, "flag": flag, "planned": planned}
+    return Field(default, description=description, json_schema_extra=extra, **limits)
 
 
 class Recipe(BaseModel):
@@ -150,29 +162,48 @@ class Recipe(BaseModel):
     )
     force: bool = setting(False, "Train though the plan says that it does not fit.", panel="Memory")
     tokens_per_pack: int | None = setting(
-        None, "Most tokens of one forward; a longer example is alone.", panel="Memory", unit="tokens", ge=8
+        None,
+        "Most tokens of one forward; a longer example is alone.",
+        panel="Memory",
+        planned=True,
+        unit="tokens",
+        ge=8,
     )
     split_pairs: bool | None = setting(
-        None, "A pair over tokens_per_pack is computed one completion at a time, exactly.", panel="Memory"
+        None, "A pair over tokens_per_pack is computed one completion at a time, exactly.", panel="Memory", planned=True
     )
     chunk_tokens: int | None = setting(
-        None, "Scored tokens whose logits exist at once.", panel="Memory", unit="tokens", ge=1
+        None, "Scored tokens whose logits exist at once.", panel="Memory", planned=True, unit="tokens", ge=1
     )
     recompute_layers: int | None = setting(
-        None, "So many layers keep their input only and are computed again in backward.", panel="Memory", ge=0
+        None,
+        "So many layers keep their input only and are computed again in backward.",
+        panel="Memory",
+        planned=True,
+        ge=0,
     )
     keep_attention: bool | None = setting(
-        None, "Recomputed layers keep what attention gave, which is then not computed again.", panel="Memory"
+        None,
+        "Recomputed layers keep what attention gave, which is then not computed again.",
+        panel="Memory",
+        planned=True,
     )
     offload_checkpoints: bool | None = setting(
-        None, "The inputs of recomputed layers wait in host memory.", panel="Memory"
+        None, "The inputs of recomputed layers wait in host memory.", panel="Memory", planned=True
     )
-    embedding_on_host: bool | None = setting(None, "The input embedding lies in host memory.", panel="Memory")
+    embedding_on_host: bool | None = setting(
+        None, "The input embedding lies in host memory.", panel="Memory", planned=True
+    )
     mlp_tile_tokens: int | None = setting(
-        None, "The MLP of a layer takes so many tokens at a time; 0: all.", panel="Memory", unit="tokens", ge=0
+        None,
+        "The MLP of a layer takes so many tokens at a time; 0: all.",
+        panel="Memory",
+        planned=True,
+        unit="tokens",
+        ge=0,
     )
     layers_on_host: int | None = setting(
-        None, "So many frozen layers lie in host memory and visit the card in turn.", panel="Memory", ge=0
+        None, "So many frozen layers lie in host memory and visit the card in turn.", panel="Memory", planned=True, ge=0
     )
 
     output_dir: str | None = setting(None, "The run folder; without it runs/METHOD-MODEL-TIME.", panel="Run")
@@ -225,6 +256,11 @@ class Recipe(BaseModel):
     def save(self, path: Path) -> None:
         """Write every setting as YAML."""
         path.write_text(flat_yaml.dump(self.resolved()), encoding="utf-8")
+
+
+def planned_settings() -> tuple[str, ...]:
+    """The settings that the plan of a run chooses where they are None."""
+    return tuple(key for key, field in Recipe.model_fields.items() if field.json_schema_extra["planned"])
 
 
 def problems(values: Mapping[str, Any]) -> list[Problem]:

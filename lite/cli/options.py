@@ -118,6 +118,8 @@ def _of_field(key: str, signature: Signature) -> Setting:
     unit = f" {extra['unit']}" if extra["unit"] else ""
     default = signature.learning_rate if key == "learning_rate" else field.default
     shown = "" if default is None or default == {} else f"default: {_shown(default)}{unit}"
+    if extra["planned"]:
+        shown = f"default: the plan's choice{unit and f',{unit}'}"
     in_recipe = f"in a recipe: {key}" if extra["flag"] else ""
     return Setting(
         key=key,

@@ -104,7 +104,7 @@ def _bars(plan: "Plan") -> Table:
         shown.add_column(justify=justify)  # type: ignore[arg-type]
     for name in sorted(parts, key=lambda part: list(PARTS).index(part) if part in PARTS else len(PARTS)):
         size = parts[name]
-        if size < 2**20 and name not in ("weights", "adapters"):
+        if size < 2**20 and name != "weights":
             continue
         bar = "█" * round(BAR * size / whole)
         shown.add_row(

@@ -8,8 +8,8 @@ from lite.plan import cards, skeleton
 from lite.plan.lengths import Lengths
 from lite.plan.search import least_bytes, search
 from lite.plan.target import Target
-from lite.plan.trials import SETTLED, Trials
-from lite.recipe import Recipe
+from lite.plan.trials import Trials
+from lite.recipe import Recipe, planned_settings
 from lite.sizes import GIB
 
 SHORTEST = 256  # tokens: a max_length below it is no advice
@@ -22,7 +22,7 @@ def advice(recipe: Recipe, rows: Lengths, where: Target) -> Iterator[str]:
     def fits(changed: Recipe, lengths: Lengths = rows) -> bool:
         return search(Trials(changed, config, lengths, where), longest=False).fits
 
-    open_again = recipe.model_copy(update=dict.fromkeys(SETTLED))
+    open_again = recipe.model_copy(update=dict.fromkeys(planned_settings()))
     if open_again.resolved() != recipe.resolved() and fits(open_again):
         yield "its memory settings left to the planner: there are some that fit"
         return

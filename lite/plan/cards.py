@@ -17,6 +17,7 @@ from lite.sizes import GIB
 CONTEXT_BYTES = round(0.54 * GIB)
 FRAGMENTATION = 0.04
 EFFICIENCY = 0.7  # of the published rate, which large products reach in training (torchtune's QLoRA on a 4090: 69 %)
+ON_CPU_S = 40e-6  # to start an operator, its views counted with it: 25 to 60 µs were measured
 HOST_FREE = 0.8  # of a machine's free memory that a run on a CPU may take
 
 
@@ -30,7 +31,8 @@ class Card:
     bandwidth: float  # of its memory
     pcie: float  # to host memory
     efficiency: float = EFFICIENCY
-    launch_s: float = 6e-6  # that the host takes to start an operator
+    launch_s: float = 25e-6  # that Python and autograd take to start an operator
+    overlaps: bool = True  # whether the host starts operators while the device computes
 
     @property
     def usable_bytes(self) -> int:
@@ -98,7 +100,10 @@ def measured(device: torch.device, dtype: torch.dtype, memory_bytes: int, name: 
     product_s = min(_seconds(lambda: torch.mm(a, b), device) for _ in range(4))
     copy_s = min(_seconds(lambda: target.copy_(source), device) for _ in range(4))
     pcie = 25e9 if device.type == "cuda" else 2 * source.nbytes / copy_s
-    return Card(name, memory_bytes, 2 * size**3 / product_s, 2 * source.nbytes / copy_s, pcie, efficiency=1.0)
+    rates = 2 * size**3 / product_s, 2 * source.nbytes / copy_s, pcie
+    if device.type == "cuda":
+        return Card(name, memory_bytes, *rates, efficiency=1.0)
+    return Card(name, memory_bytes, *rates, efficiency=1.0, launch_s=ON_CPU_S, overlaps=False)
 
 
 def _seconds(act: object, device: torch.device) -> float:

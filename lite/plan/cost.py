@@ -1,12 +1,13 @@
 """Cost: the operations of a step, the bytes that it moves and the seconds that a card would take for them.
 
 Every operator takes the longer of two times, that of its products at the card's rate and that of its bytes at the
-memory's; and none takes less than the host needs to start it. Attention is counted by what its branches see, since on
+memory's; and the host takes its time to start each of them. Attention is counted by what its branches see, since on
 meta nobody knows where they begin. Copies to and from host memory run beside all this.
 """
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +45,7 @@ class Cost:
     operations: float = 0.0
     moved_bytes: float = 0.0
     seconds: Counter[str] = field(default_factory=Counter)  # of computing, by phase
+    started: Counter[str] = field(default_factory=Counter)  # operators, by phase
     transferred: Counter[str] = field(default_factory=Counter)  # bytes to and from host memory, by phase
 
     def see(self, phase: str, name: str, args: tuple[Any, ...], out: Any, *, tensors: list[Tensor], host: bool) -> None:
@@ -62,12 +64,22 @@ class Cost:
         self.operations += operations
         self.moved_bytes += moved
         rate = self.card.operations * self.card.efficiency
-        self.seconds[phase] += max(operations / rate, moved / self.card.bandwidth, self.card.launch_s)
+        self.seconds[phase] += max(operations / rate, moved / self.card.bandwidth)
+        self.started[phase] += 1
 
     def step_seconds(self) -> float:
-        """Computing and transfers side by side, phase by phase."""
-        phases = self.seconds.keys() | self.transferred.keys()
-        return sum(max(self.seconds[p], self.transferred[p] / self.card.pcie) for p in phases)
+        """Of the whole step."""
+        return sum(together(self.times(phase), self.card.overlaps) for phase in self.phases)
+
+    @property
+    def phases(self) -> set[str]:
+        """Those in which anything was counted."""
+        return {*self.seconds, *self.transferred}
+
+    def times(self, phase: str) -> tuple[float, float, float]:
+        """Seconds of a phase: of computing, of starting the operators, of transfers."""
+        started, transferred = self.started[phase] * self.card.launch_s, self.transferred[phase] / self.card.pcie
+        return self.seconds[phase], started, transferred
 
     def _operations(self, base: str, args: tuple[Any, ...]) -> float:
         if base in PRODUCTS:
@@ -87,6 +99,11 @@ class Cost:
         tokens, keys = query.shape[-2], key.shape[-2]
         seen = tokens * keys if tokens != keys else tokens * (tokens + 1) // 2
         return float(seen) * query.numel() / tokens
+
+
+def together(times: Sequence[float], overlaps: bool) -> float:
+    """Computing, starting and transfers of a phase: on a GPU side by side, on a CPU one after the other."""
+    return max(times) if overlaps else sum(times)
 
 
 def _is_view(out: Tensor, others: list[Tensor]) -> bool:

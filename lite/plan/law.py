@@ -7,10 +7,10 @@ so p = 0 has a c of its own. A recomputed layer adds the same in both.
 In the tokens of a pack all is nearly affine, which is enough to search by; what was chosen is run itself.
 """
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from lite.plan.cost import together
 from lite.plan.dry_run import Outcome
 
 Run = Callable[[int, int], Outcome]  # (recomputed layers, kept layers) → outcome
@@ -38,10 +38,14 @@ class Regime:
     """What a step takes as long as its worst moments stay where they are."""
 
     peaks: dict[str, Affine]  # bytes on the device, of each phase
-    seconds: Affine
-    once_more: Affine  # seconds of a forward without gradient, for a loss that needs the whole batch first
+    times: dict[str, tuple[Affine, ...]]  # seconds of each phase: of computing, of starting operators, of transfers
+    overlaps: bool  # whether these three run side by side
     host_bytes: Affine
     parts: dict[str, Affine]  # of the worst moment's bytes
+
+    def seconds(self, phase: str, r: int, p: int) -> float:
+        """Of a phase."""
+        return together([time(r, p) for time in self.times[phase]], self.overlaps) if phase in self.times else 0.0
 
     def heavier(self, size_bytes: float) -> "Regime":
         """The same with so many bytes on the device all the while that were the host's."""
@@ -56,8 +60,11 @@ class Regime:
         """On the line from this (0) through the other (1)."""
         return Regime(
             {phase: peak.mixed(other.peaks[phase], share) for phase, peak in self.peaks.items()},
-            self.seconds.mixed(other.seconds, share),
-            self.once_more.mixed(other.once_more, share),
+            {
+                phase: tuple(a.mixed(b, share) for a, b in zip(times, other.times[phase], strict=True))
+                for phase, times in self.times.items()
+            },
+            self.overlaps,
             self.host_bytes.mixed(other.host_bytes, share),
             {name: self.parts[name].mixed(other.parts[name], share) for name in self.parts.keys() & other.parts.keys()},
         )
@@ -83,11 +90,13 @@ class Law:
 
     def seconds(self, r: int, p: int) -> float:
         """Of the step."""
-        return self.of(p).seconds(r, p)
+        regime = self.of(p)
+        return sum(regime.seconds(phase, r, p) for phase in regime.times)
 
     def once_more(self, r: int, p: int) -> float:
-        """Seconds of a forward without gradient."""
-        return self.of(p).once_more(r, p)
+        """Seconds of a forward without gradient, which a loss that needs the whole batch takes first."""
+        # Without slopes half the products of the head.
+        return self.of(p).seconds("forward", r, p) + self.of(p).seconds("head", r, p) / 2
 
     def host_bytes(self, r: int, p: int) -> float:
         """Bytes in host memory at most."""
@@ -147,8 +156,11 @@ def _regime(at: tuple[int, int], base: Outcome, *, recomputed: Pair | None = Non
     parts = sorted(set().union(*(one.parts for one in outcomes)))
     return Regime(
         {phase: affine(lambda one, phase=phase: one.peaks[phase]) for phase in phases},
-        affine(lambda one: one.cost.step_seconds()),
-        affine(lambda one: _forward_seconds(one.cost.seconds)),
+        {
+            phase: tuple(affine(lambda one, phase=phase, i=i: one.cost.times(phase)[i]) for i in range(3))
+            for phase in sorted(set().union(*(one.cost.phases for one in outcomes)))
+        },
+        base.cost.card.overlaps,
         affine(lambda one: one.host_bytes),
         {part: affine(lambda one, part=part: one.parts[part]) for part in parts},
     )
@@ -156,7 +168,3 @@ def _regime(at: tuple[int, int], base: Outcome, *, recomputed: Pair | None = Non
 
 def _more(number: Affine, constant: float) -> Affine:
     return replace(number, constant=number.constant + constant)
-
-
-def _forward_seconds(seconds: Counter[str]) -> float:
-    return seconds["forward"] + seconds["head"] / 2  # without slopes half the products of the head

@@ -15,6 +15,7 @@ from lite.data.packing import lay_out
 from lite.data.packs import Batch, Layout
 from lite.recipe import Recipe
 
+SAMPLED_STEPS = 64  # of which packs are counted
 SHORT_PROMPT = 32  # tokens of the prompt of an assumed pair: most of what max_length allows is then computed twice
 
 
@@ -59,9 +60,29 @@ class Lengths:
     assumed: bool = False
     tokens_of_rows: Sequence[int] = field(default=(), repr=False)
 
+    def packs_of_step(self, tokens: int, batch_size: int) -> float:
+        """How many packs of at most so many tokens an average step makes, by first fit as packing does it."""
+        sizes = self.tokens_of_rows or [self.mean.tokens] * batch_size
+        order = torch.randperm(len(sizes), generator=torch.Generator().manual_seed(0)).tolist()
+        steps = [order[i : i + batch_size] for i in range(0, len(order), batch_size)][:SAMPLED_STEPS]
+        return sum(_first_fit([sizes[i] for i in step], tokens) for step in steps) / len(steps)
+
     def unit_tokens(self, *, split: bool) -> int:
         """The least that a pack must hold: the longest example, or one completion of it with its prompt."""
         return self.longest.longest if split else self.longest.tokens
+
+
+def _first_fit(sizes: list[int], tokens: int) -> int:
+    """Packs of rows of these sizes, the longest first; a longer row is alone."""
+    room: list[int] = []
+    for size in sorted(sizes, reverse=True):
+        for i, left in enumerate(room):
+            if size <= left:
+                room[i] -= size
+                break
+        else:
+            room.append(tokens - size)
+    return len(room)
 
 
 def assumed(recipe: Recipe) -> Lengths:

@@ -15,12 +15,14 @@ from lite.errors import ModelError
 from lite.plan import lengths, skeleton
 from lite.plan.advice import advice
 from lite.plan.lengths import Lengths
-from lite.plan.search import Candidate, Chosen, Tried, search
+from lite.plan.search import Chosen, Tried, search
 from lite.plan.target import Target, at_hand, target
-from lite.plan.trials import SETTLED, Settings, Trials
-from lite.recipe import Recipe
+from lite.plan.trials import Settings, Trials
+from lite.recipe import Recipe, planned_settings
 
 PLENTY = 0.5  # of the budget: where a few layers tell of no more, the whole model is not run
+# Of the peak; there are others where a step has them.
+PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "working", "logits", "dequantised")
 QUANTISED_A_SECOND = 25e6  # weights, by bitsandbytes on two cores; a checkpoint that is quantised already needs none
 NF4_BITS = 4.127  # a weight, its scales quantised again
 CONFIRMATIONS = 3  # whole runs at most, each with a layer more recomputed, before the least hungry settings are taken
@@ -90,7 +92,7 @@ class Plan:
             "step_seconds": self.step_seconds,
             "steps": self.lengths.steps,
             "training_seconds": self.training_seconds,
-            "settings": {name: getattr(self.settings.into(self.recipe), name) for name in SETTLED},
+            "settings": {name: getattr(self.settings.into(self.recipe), name) for name in planned_settings()},
             "tried": [vars(one) for one in self.tried],
             "longest_row": None if place is None else str(place),
             "confirmed": self.confirmed,
@@ -136,7 +138,8 @@ def plan(
         ) from error
     chosen, peak, parts, host, seconds = found
     fits = chosen.fits and peak <= where.budget_bytes
-    parts = {**{name: round(size) for name, size in parts.items() if size}, "reserve": where.reserve_bytes}
+    sizes = {name: round(size) for name, size in parts.items() if size}
+    parts = {**dict.fromkeys(PARTS, 0), **sizes, "reserve": where.reserve_bytes}
     made = Plan(
         recipe=chosen.settings.into(recipe),
         fits=fits,
@@ -146,7 +149,7 @@ def plan(
         tokens=chosen.tokens,
         layers=trials.layers,
         peak_bytes=round(peak),
-        loaded_bytes=parts.get("weights", 0) + parts.get("adapters", 0),
+        loaded_bytes=parts["weights"] + parts["adapters"],
         parts=parts,
         weights=trials.static(),
         host_bytes=round(host),
@@ -168,7 +171,7 @@ def _confirmed(
     if quick:
         counts = chosen.recomputed, chosen.kept
         parts, host = chosen.law.parts_bytes(*counts), chosen.law.host_bytes(*counts)
-        return chosen, chosen.peak_bytes, parts, host, _seconds(trials, chosen)
+        return chosen, chosen.peak_bytes, parts, host, chosen.step_seconds
     for _ in range(CONFIRMATIONS):
         outcome = trials.outcome(chosen.settings, chosen.tokens)
         over = outcome.peak_bytes > trials.target.budget_bytes
@@ -178,7 +181,7 @@ def _confirmed(
     else:
         chosen = _recomputing(trials, chosen, chosen.kept)
         outcome = trials.outcome(chosen.settings, chosen.tokens)
-    seconds = _seconds(trials, chosen)
+    seconds = chosen.step_seconds
     return chosen, outcome.peak_bytes, outcome.parts, outcome.host_bytes, seconds
 
 
@@ -188,10 +191,6 @@ def _recomputing(trials: Trials, chosen: Chosen, more: int) -> Chosen:
     levers = replace(chosen.settings.levers, recompute_layers=chosen.recomputed + more)
     settings = replace(chosen.settings, levers=levers)
     return replace(chosen, settings=settings, law=law, recomputed=chosen.recomputed + more, kept=chosen.kept - more)
-
-
-def _seconds(trials: Trials, chosen: Chosen) -> float:
-    return Candidate(chosen.settings, chosen.tokens, chosen.law, chosen.recomputed).step_seconds(trials)
 
 
 def settled(

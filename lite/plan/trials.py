@@ -18,12 +18,6 @@ from lite.plan.law import Law, law
 from lite.plan.target import Target
 from lite.recipe import Recipe
 
-# What a plan chooses, by the recipe's names.
-SETTLED = (
-    "tokens_per_pack", "chunk_tokens", "split_pairs", "recompute_layers", "keep_attention", "offload_checkpoints",
-    "embedding_on_host", "mlp_tile_tokens", "layers_on_host",
-)  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Settings:

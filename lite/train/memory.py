@@ -9,9 +9,11 @@ from lite.data.prepare import Prepared
 from lite.engine.forward import CHUNK_TOKENS
 from lite.engine.layout import TOKENS_PER_PACK
 from lite.errors import ModelError, RunError
+from lite.memory.levers import Levers
 from lite.plan import words
 from lite.plan.plan import Plan, settled
-from lite.recipe import Recipe
+from lite.plan.trials import Settings
+from lite.recipe import Recipe, planned_settings
 from lite.sizes import in_gib
 from lite.train import machine
 from lite.train.progress import Progress
@@ -45,12 +47,10 @@ def plan_run(
 
 def _unplanned(recipe: Recipe) -> Recipe:
     """The recipe with what is safest where it leaves something open."""
-    safest = {
-        "tokens_per_pack": TOKENS_PER_PACK, "chunk_tokens": CHUNK_TOKENS, "split_pairs": False,
-        "recompute_layers": EVERY_LAYER, "keep_attention": False, "offload_checkpoints": False,
-        "embedding_on_host": False, "mlp_tile_tokens": 0, "layers_on_host": 0,
-    }  # fmt: skip
-    return recipe.model_copy(update={k: v for k, v in safest.items() if getattr(recipe, k) is None})
+    levers = Levers(recompute_layers=EVERY_LAYER)
+    safest = Settings(TOKENS_PER_PACK, CHUNK_TOKENS, levers=levers).into(recipe)
+    left_open = [key for key in planned_settings() if getattr(recipe, key) is None]
+    return recipe.model_copy(update={key: getattr(safest, key) for key in left_open})
 
 
 @dataclass

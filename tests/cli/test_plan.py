@@ -7,7 +7,7 @@ import pytest
 from transformers import Qwen2Config
 
 from lite.cli import main
-from lite.plan.trials import SETTLED
+from lite.recipe import planned_settings
 from tests.tiny import write_world
 
 
@@ -58,7 +58,7 @@ def test_json_is_all_of_stdout(small: str, capsys: pytest.CaptureFixture[str]) -
     assert (told["fits"], told["card"], told["steps"]) == (True, "l4", None)
     assert {"peak_bytes", "budget_bytes", "longest_pair_tokens", "tokens_per_second", "settings", "advice"} <= set(told)
     assert {"weights", "adapters", "optimizer", "activations", "reserve"} <= set(told["parts"])
-    assert set(told["settings"]) == set(SETTLED)
+    assert set(told["settings"]) == set(planned_settings())
     assert told["longest_pair_tokens"] > 1000
     assert told["tokens_per_second"] > 0
 

@@ -85,14 +85,22 @@ def test_attention_by_hand() -> None:
     assert back.operations == 5 * 2 * 37 * 16
 
 
-def test_an_operator_takes_the_longest_of_three() -> None:
-    """1,000 operations/s at half efficiency, 100 bytes/s, 0.25 s to start. (10, 10) by (10, 10): 2,000 operations in
-    4 s, 1,200 bytes in 12 s. A sum of three numbers: 12 + 12 + 12 bytes in 0.36 s; one of one number only the start."""
+def test_an_operator_takes_the_longer_of_two() -> None:
+    """1,000 operations/s at half efficiency, 100 bytes/s. (10, 10) by (10, 10): 2,000 operations in 4 s, 1,200 bytes in
+    12 s. (1, 1000) by (1000, 1): 2,000 operations in 4 s, 8,004 bytes in 80.04 s. A sum of threes: 36 bytes in 0.36 s."""
     product = seen("aten::mm", meta(10, 10), meta(10, 10), out=meta(10, 10))
     assert product.seconds["forward"] == pytest.approx(12)
     assert seen("aten::mm", meta(1, 1000), meta(1000, 1), out=meta(1, 1)).seconds["forward"] == pytest.approx(80.04)
     assert seen("aten::add.Tensor", meta(3), meta(3), out=meta(3)).seconds["forward"] == pytest.approx(0.36)
-    assert seen("aten::add.Tensor", meta(1), meta(1), out=meta(1)).seconds["forward"] == 0.25
+
+
+def test_starting_operators_takes_time_of_its_own() -> None:
+    """Three sums of one number, 0.12 s each, and 0.25 s to start each: 0.75 s side by side, else 1.11."""
+    for overlaps, seconds in ((True, 0.75), (False, 0.75 + 0.36)):
+        cost = Cost(replace(CARD, overlaps=overlaps), 0)
+        for _ in range(3):
+            cost.see("forward", "aten::add.Tensor", (meta(1), meta(1)), meta(1), tensors=[meta(1)] * 3, host=False)
+        assert cost.step_seconds() == pytest.approx(seconds)
 
 
 def test_views_and_empty_tensors_cost_nothing() -> None:
@@ -106,7 +114,7 @@ def test_views_and_empty_tensors_cost_nothing() -> None:
 
 
 def test_transfers_run_beside_the_computation() -> None:
-    """In forward 100 bytes at 10 a second: 10 s beside 12.25; in backward nothing but 40 bytes: 4 s."""
+    """In forward 100 bytes at 10 a second: 10 s beside 12; in backward nothing but 40 bytes: 4 s."""
     cost = Cost(CARD, 0)
     cost.see("forward", "aten::copy_", (meta(25), meta(25)), meta(25), tensors=[meta(25)] * 3, host=True)
     a = meta(10, 10)

@@ -17,8 +17,7 @@ from lite.plan.longest import reaches
 from lite.plan.plan import Plan, _confirmed, plan
 from lite.plan.search import search
 from lite.plan.target import target
-from lite.plan.trials import SETTLED
-from lite.recipe import Recipe
+from lite.recipe import Recipe, planned_settings
 from lite.sizes import GIB
 from tests.plan.conftest import trials_of, where_of, wide_recipe
 
@@ -71,7 +70,7 @@ def test_where_the_whole_model_takes_more_than_the_law_says(shaped) -> None:
 def test_a_recipe_of_the_plan_makes_the_same_plan(shaped) -> None:
     """Everything is settled in it, and what is settled is valid."""
     made = plan(wide_recipe(shaped(2), **REST), where=where_of(300 * MIB), quick=True, longest=False)
-    assert all(getattr(made.recipe, name) is not None for name in SETTLED)
+    assert all(getattr(made.recipe, name) is not None for name in planned_settings())
     again = plan(Recipe(**made.recipe.resolved()), where=made.target, quick=True, longest=False)
     assert again.settings == made.settings
     assert again.peak_bytes == pytest.approx(made.peak_bytes, rel=0.001)
@@ -85,7 +84,7 @@ def test_for_programs(shaped) -> None:
     assert told["longest_row"] == "pairs.jsonl:17"
     assert told["longest_pair_tokens"] >= 316
     assert (told["steps"], told["training_seconds"]) == (30, pytest.approx(30 * told["step_seconds"]))
-    assert set(told["settings"]) == set(SETTLED)
+    assert set(told["settings"]) == set(planned_settings())
     assert {"weights", "adapters", "optimizer", "activations", "logits", "reserve"} <= set(told["parts"])
     assert told["peak_bytes"] + told["parts"]["reserve"] == pytest.approx(sum(told["parts"].values()), abs=16)
 

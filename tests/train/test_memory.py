@@ -8,8 +8,7 @@ import pytest
 
 from lite.cli import main
 from lite.engine.layout import TOKENS_PER_PACK
-from lite.plan.trials import SETTLED
-from lite.recipe import Recipe, load
+from lite.recipe import Recipe, load, planned_settings
 from lite.train import resume, train
 from lite.train.memory import EVERY_LAYER
 from lite.train.progress import Quiet
@@ -59,7 +58,7 @@ def test_planned_and_measured_stand_side_by_side(recipe: Callable[..., Recipe]) 
     assert written["fits"] is True
     assert written["longest_row"].partition(":")[0].endswith("pairs.jsonl")
     settled = load(run.folder / "recipe.yaml")
-    assert {name: getattr(settled, name) for name in SETTLED} == written["settings"]
+    assert {name: getattr(settled, name) for name in planned_settings()} == written["settings"]
     again = train(settled.model_copy(update={"output_dir": str(run.folder.parent / "again")}))
     assert [m["loss"] for m in again.metrics if "loss" in m] == [m["loss"] for m in run.metrics if "loss" in m]
 

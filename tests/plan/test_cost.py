@@ -87,7 +87,7 @@ def test_attention_by_hand() -> None:
 
 def test_an_operator_takes_the_longer_of_two() -> None:
     """1,000 operations/s at half efficiency, 100 bytes/s. (10, 10) by (10, 10): 2,000 operations in 4 s, 1,200 bytes in
-    12 s. (1, 1000) by (1000, 1): 2,000 operations in 4 s, 8,004 bytes in 80.04 s. A sum of threes: 36 bytes in 0.36 s."""
+    12 s. (1, 1000) by (1000, 1): 2,000 operations in 4 s, 8,004 bytes in 80.04 s. A sum: 36 bytes, 0.36 s."""
     product = seen("aten::mm", meta(10, 10), meta(10, 10), out=meta(10, 10))
     assert product.seconds["forward"] == pytest.approx(12)
     assert seen("aten::mm", meta(1, 1000), meta(1000, 1), out=meta(1, 1)).seconds["forward"] == pytest.approx(80.04)

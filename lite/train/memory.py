@@ -69,5 +69,7 @@ class Comparison:
     def told(self, device: torch.device) -> str:
         """Both, as a line."""
         measured = machine.peak_bytes(device)
-        ratio = measured / self.planned_bytes
-        return f"memory: planned {in_gib(self.planned_bytes)}, measured {in_gib(measured)} ({ratio - 1:+.1%})"
+        apart = f"{measured / self.planned_bytes - 1:+.1%}"
+        if device.type != "cuda":
+            apart += ", of the whole process, which keeps pages that it has freed"
+        return f"memory: planned {in_gib(self.planned_bytes)}, measured {in_gib(measured)} ({apart})"

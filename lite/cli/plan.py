@@ -40,19 +40,15 @@ OF_ROWS = ("max_length", "batch_size", "max_steps")
 
 def main(arguments: Sequence[str]) -> int:
     """Plan as the arguments say, or show their help; return the exit status: 0 though it does not fit."""
-    method = arguments[0] if arguments and not arguments[0].startswith("-") else None
-    own = (*OWN, *options.OWN)
-    if {"-h", "--help"} & set(arguments):
-        from lite.cli import help
-
-        shown = [*own, *options.settings(signatures.find(method))] if method else []
-        text = TEXT if method else f"{TEXT}\n\nMETHOD: a verb that trains. `lite plan orpo --help`: its options."
-        help.verb(f"lite plan {method or 'METHOD'}", text, shown)
-        return 0
-    if method is None:
-        raise RecipeError(f"lite plan: of which method? Expected one of {', '.join(signatures.registered())}.")
     from lite.cli import training
 
+    own = (*OWN, *options.OWN)
+    method = training.method_of(
+        "plan", arguments, TEXT, able=list(signatures.registered()),
+        settings=lambda name: [*own, *options.settings(signatures.find(name))],
+    )  # fmt: skip
+    if method is None:
+        return 0
     recipe, asked = training.parsed(method, arguments[1:], own, program=f"lite plan {method}")
     _check(asked)
     values = _values(recipe, asked["sweep"]) if asked.get("sweep") else None

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 from lite import signatures
 from lite.cli import options
-from lite.errors import RecipeError
 
 TEXT = """Read the reference's log-probs of every row into the cache, without training.
 
@@ -14,19 +13,15 @@ METHOD` does the same by itself before its first step."""
 
 def main(arguments: Sequence[str]) -> int:
     """Precompute as the arguments say, or show their help; return the exit status."""
-    able = [name for name, signature in signatures.registered().items() if signature.reference]
-    method = arguments[0] if arguments and not arguments[0].startswith("-") else None
-    if {"-h", "--help"} & set(arguments):
-        from lite.cli import help
-
-        shown = [*options.settings(signatures.find(method)), *options.OWN] if method else []
-        text = TEXT if method else f"{TEXT}\n\nMETHOD: {', '.join(able)}. `lite precompute dpo --help`: its options."
-        help.verb(f"lite precompute {method or 'METHOD'}", text, shown)
-        return 0
-    if method is None:
-        raise RecipeError(f"lite precompute: for which method? Expected one of {', '.join(able)}.")
     from lite.cli import session, training
 
+    able = [name for name, signature in signatures.registered().items() if signature.reference]
+    method = training.method_of(
+        "precompute", arguments, TEXT, able=able,
+        settings=lambda name: [*options.settings(signatures.find(name)), *options.OWN],
+    )  # fmt: skip
+    if method is None:
+        return 0
     recipe, as_json = training.understood(method, arguments[1:], program=f"lite precompute {method}")
     train_by = ["lite", *(argument for argument in arguments if argument != "--json")]
     return session.precompute(recipe, as_json=as_json, train_by=train_by)

@@ -44,18 +44,12 @@ PARTS = {"idle": "other", "activations": "activations, kept", "working": "what t
 
 def main(arguments: Sequence[str]) -> int:
     """Profile as the arguments say, or show their help; return the exit status."""
-    method = arguments[0] if arguments and not arguments[0].startswith("-") else None
-    if {"-h", "--help"} & set(arguments):
-        from lite.cli import help
-
-        shown = [*OWN, *_settings(method)] if method else []
-        text = TEXT if method else f"{TEXT}\n\nMETHOD: a verb that trains. `lite profile orpo --help`: its options."
-        help.verb(f"lite profile {method or 'METHOD'}", text, shown)
-        return 0
-    if method is None:
-        raise RecipeError(f"lite profile: of which method? Expected one of {', '.join(signatures.registered())}.")
     from lite.cli import training
 
+    able = list(signatures.registered())
+    method = training.method_of("profile", arguments, TEXT, able=able, settings=lambda name: [*OWN, *_settings(name)])
+    if method is None:
+        return 0
     recipe, besides = training.parsed(method, arguments[1:], OWN, program=f"lite profile {method}")
     steps = besides.get("steps", 3)
     if not isinstance(steps, int) or steps < 1:

@@ -1,7 +1,7 @@
 """A verb that trains: file and flags to a Recipe, the run, and what is said at its end."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,34 @@ def main(method: str, arguments: Sequence[str]) -> int:
     from lite.cli import session
 
     return session.train(recipe, as_json=as_json)
+
+
+def method_of(
+    verb: str,
+    arguments: Sequence[str],
+    text: str,
+    *,
+    able: Sequence[str],
+    settings: Callable[[str], Iterable[options.Setting]],
+) -> str | None:
+    """The method that another verb is about, `orpo` in `lite plan orpo`; None where its help is wanted, which is shown.
+
+    able: the methods that it can be about; settings: what the help of one of them lists. Raises RecipeError.
+    """
+    method = arguments[0] if arguments and not arguments[0].startswith("-") else None
+    if {"-h", "--help"} & set(arguments):
+        from lite.cli import help
+
+        example = f"METHOD: {', '.join(able)}. `lite {verb} {able[0]} --help`: its options."
+        help.verb(
+            f"lite {verb} {method or 'METHOD'}",
+            text if method else f"{text}\n\n{example}",
+            settings(method) if method else [],
+        )
+        return None
+    if method is None:
+        raise RecipeError(f"lite {verb}: for which method? Expected one of {', '.join(able)}.")
+    return method
 
 
 def understood(method: str, arguments: Sequence[str], *, program: str | None = None) -> tuple[recipes.Recipe, bool]:

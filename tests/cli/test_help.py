@@ -33,7 +33,7 @@ def test_type_limits_default_and_unit_are_in_the_line(
         "--lora-r INTEGER Rank of the adapter. [at least 1; default: 16]",
         "[at least 8; default: 2048 tokens]",
         "--max-steps INTEGER Stop after so many optimizer steps. [at least 1; steps]",
-        "--[no-]gradient-checkpointing Keep each layer's input",
+        "--[no-]offload-checkpoints The inputs of recomputed layers wait",
         "--dtype auto|bfloat16|float32 Compute type",
         "--nll-over completion|sequence Tokens of the NLL",
         "in a recipe: load_in_4bit",

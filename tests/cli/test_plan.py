@@ -112,7 +112,7 @@ def test_data_names_its_longest_row(tmp_path: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("typed", "problem"),
     [
-        ([], "of which method? Expected one of "),
+        ([], "for which method? Expected one of "),
         (["orp"], "no such loss in lite"),
         (["orpo", "--model", "qwen-14b", "--card", "rtx-409"], "Did you mean rtx-4090?"),
         (["orpo", "--model", "qwen-14b", "--vram", "lots"], "--vram = 'lots': expected a size such as 24GB."),

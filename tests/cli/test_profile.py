@@ -55,7 +55,7 @@ def test_json_is_all_of_stdout(world: Path, tmp_path: Path, capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("typed", "problem"),
     [
-        ([], "of which method? Expected one of "),
+        ([], "for which method? Expected one of "),
         (["orp"], "no such loss in lite"),
         (["orpo", "--steps", "many"], "--steps = 'many': expected a whole number, at least 1."),
         (["orpo", "--steps", "0"], "--steps = 0: expected"),

@@ -150,7 +150,8 @@ def _fastest(trials: Trials, start: Settings, tokens: int, law: Law) -> Candidat
     longest = max(tokens, min(trials.rows.most_tokens, LONGEST_PACK, round(tokens * STRETCHES[-1])))
     split = tokens < trials.rows.longest.tokens  # whose packs are completions, whatever their budget
     several = trials.recipe.tokens_per_pack is None and longest > 1.05 * tokens and not split
-    far = law_of(trials, start, FAR * tokens) if several else None
+    most = min(longest, FAR * tokens)  # of rows that there are: a longer pack would be of a longer row
+    far = law_of(trials, start, most) if several else None
     best = candidate(start, tokens, law, far)
     assert best is not None
     if far:
@@ -159,7 +160,7 @@ def _fastest(trials: Trials, start: Settings, tokens: int, law: Law) -> Candidat
             best = _faster(trials, best, other)
     if best.recomputed and not streamed and best.tokens >= LONG_ATTENTION and _may_keep_attention(trials):
         keeping = replace(start, levers=replace(start.levers, keep_attention=True))
-        there = law_of(trials, keeping, FAR * tokens) if far else None
+        there = law_of(trials, keeping, most) if far else None
         best = _faster(trials, best, candidate(keeping, best.tokens, law_of(trials, keeping, best.tokens), there))
     return best
 

@@ -92,6 +92,11 @@ def main(arguments: Sequence[str]) -> int:
 def _check(asked: dict[str, Any]) -> None:
     if asked.get("sweep") and asked.get("max"):
         raise RecipeError("--sweep beside --max: take one of them.")
+    if plot := asked.get("plot"):
+        if Path(plot).suffix not in (".png", ".svg", ".html"):
+            raise RecipeError(f"--plot {plot}: expected a name that ends in .png, .svg or .html.")
+        if not Path(plot).absolute().parent.is_dir():
+            raise RecipeError(f"--plot {plot}: there is no folder {Path(plot).parent}.")
     if asked.get("plot") and not asked.get("sweep"):
         raise RecipeError("--plot draws what --sweep finds. Give --sweep max-length=1024..65536, or leave it out.")
 
@@ -177,7 +182,8 @@ def _reaches(found: list["Reach"], where: Any, *, as_json: bool) -> int:
 
 def _following(made: "Plan", method: str, arguments: Sequence[str]) -> Iterator[str]:
     """What to type next."""
-    ours = {setting.flags[0] for setting in OWN} | {"--json"}
+    ours = {setting.flags[0] for setting in (*OWN, options.JSON)}
+    ours |= {flag.replace("--", "--no-", 1) for flag in ours}
     kept, skip = [], False
     for argument in arguments[1:]:
         name = argument.split("=")[0]

@@ -29,7 +29,7 @@ PARTS = {
     "workspace": "inside of kernels",
     "transfers": "the pack itself",
     "free": "free",
-    "reserve": "CUDA context, fragmentation",
+    "reserve": "reserve: context, fragmentation",
 }
 
 
@@ -113,6 +113,14 @@ def _bars(plan: "Plan") -> Table:
     return shown
 
 
+def _reach(plan: "Plan") -> str:
+    """How long an example may be."""
+    recomputed = plan.settings.levers.recompute_layers
+    all_of_them = ", every layer recomputed" if 0 < recomputed < plan.layers else ""
+    what = "one completion of" if plan.settings.split_pairs else "with these levers"
+    return f"{what} {plan.longest_pair_tokens:,} would fit{all_of_them}"
+
+
 def _facts(plan: "Plan", settings: str) -> Iterable[tuple[str, str]]:
     from lite.plan import words
 
@@ -128,16 +136,12 @@ def _facts(plan: "Plan", settings: str) -> Iterable[tuple[str, str]]:
             yield "did not fit", f"{one.words}: {in_gib(one.least_bytes)} at least"
     longest = plan.lengths.longest
     of = str(longest.place) if longest.place else "assumed, as long as --max-length allows"
-    yield "longest pair", f"{longest.tokens:,} tokens ({of}); {plan.longest_pair_tokens:,} would fit at these settings"
+    yield "longest pair", f"{longest.tokens:,} tokens ({of}); {_reach(plan)}"
     steps = plan.lengths.steps
     whole = f", {steps:,} steps in {duration(plan.training_seconds or 0)}" if steps else ""
     step = f"{plan.step_seconds:.1f} s" if plan.step_seconds < 10 else duration(plan.step_seconds)
     yield "speed", f"about {plan.tokens_per_second:,.0f} tokens/s, a step of {plan.recipe.batch_size} in {step}{whole}"
     for said in plan.target.assumptions:
         yield "assumed", said
-    how = (
-        "the whole model's step was run"
-        if plan.confirmed
-        else "by a few layers; without --quick the whole model is run"
-    )
+    how = "the whole model's step was run" if plan.confirmed else "a few of the model's layers were run"
     yield "made", f"in {plan.seconds:.1f} s: {how}, without weights; {in_gib(plan.target.reserve_bytes)} in reserve"

@@ -31,10 +31,10 @@ def checkpoint_layers(
     if count is not None and count < 0:
         raise ValueError(f"checkpoint_layers: count = {count}, expected 0 or more")
     layers = list(decoder_layers(model).values())
-    if not isinstance(layers[0], GradientCheckpointingLayer):
+    if count != 0 and not isinstance(layers[0], GradientCheckpointingLayer):
         raise ModelError(
             f"{type(layers[0]).__name__} cannot be computed again in backward, for it is not one of transformers' "
-            "GradientCheckpointingLayers. Train with --no-gradient-checkpointing."
+            "GradientCheckpointingLayers. Train with --recompute-layers 0."
         )
     # Not kept where nothing is random: on CUDA, saving the state waits for the device at every layer.
     again = partial(checkpoint, use_reentrant=False, preserve_rng_state=draws_random(model))

@@ -116,7 +116,10 @@ def load_model(recipe: Recipe, *, host_layers: int = 0) -> PreTrainedModel:
     config = config_of(recipe)
     commit = _commit(recipe, source, config)
     quantisation = _quantisation(recipe, config, dtype)
-    _check_reach(recipe, config, quantisation)
+    if quantisation is not None:
+        with torch.device("meta"), _explained(recipe, recipe.model, "model"):
+            code = {"trust_remote_code": recipe.trust_remote_code}
+            require_reach(recipe, AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, **code))
     with _explained(recipe, source, "model"):
         model, report = AutoModelForCausalLM.from_pretrained(
             source,
@@ -242,14 +245,8 @@ def _quantisation(recipe: Recipe, config: PreTrainedConfig, dtype: torch.dtype) 
     return None
 
 
-def _check_reach(recipe: Recipe, config: PreTrainedConfig, quantisation: BitsAndBytesConfig | None) -> None:
+def require_reach(recipe: Recipe, skeleton: PreTrainedModel) -> None:
     """Refuse to quantise a model whose experts bitsandbytes passes over: the bulk of it would stay bf16, unsaid."""
-    if quantisation is None:
-        return
-    with torch.device("meta"), _explained(recipe, recipe.model, "model"):
-        skeleton = AutoModelForCausalLM.from_config(
-            config, dtype=torch.bfloat16, trust_remote_code=recipe.trust_remote_code
-        )
     passed_over = {
         f"{layer}.{name}": parameter
         for layer, block in decoder_layers(skeleton).items()

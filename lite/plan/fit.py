@@ -93,7 +93,9 @@ def longest_tokens(trials: Trials, start: Settings, tokens: int, law: Law) -> in
     low, high = tokens, 2**22
     while high - low > 1:
         middle = (low + high) // 2
-        if between(law, far, middle).peak_bytes(r, p) <= trials.target.budget_bytes:
+        here = between(law, far, middle)
+        on_host = host_bytes(trials, start, here, r) <= trials.target.host_budget_bytes
+        if on_host and here.peak_bytes(r, p) <= trials.target.budget_bytes:
             low = middle
         else:
             high = middle

@@ -47,9 +47,11 @@ def tied(trials: Trials) -> bool:
 
 
 def _inputs_fit_the_host(trials: Trials) -> bool:
-    """Whether the inputs of all layers, of one pack with the longest example, have room in host memory."""
+    """Whether the inputs of all layers, of the smallest pack that holds the longest example, have room on the host."""
+    whole = trials.recipe.split_pairs is False or len(trials.recipe.signature.completions) == 1
+    tokens = max(trials.rows.unit_tokens(split=not whole), trials.recipe.tokens_per_pack or 0)
     width = trials.config.get_text_config().hidden_size * trials.target.dtype.itemsize
-    inputs_bytes = trials.layers * _longest_pack(trials) * width
+    inputs_bytes = trials.layers * tokens * width
     return trials.recipe.recompute_layers != 0 and inputs_bytes <= trials.target.host_budget_bytes
 
 

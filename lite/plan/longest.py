@@ -41,7 +41,7 @@ def reaches(recipe: Recipe, where: Target) -> Iterator[Reach]:
     for words, settings in rungs(trials):
         near = trials.law(settings, NEAR, kept=False)
         far = trials.law(settings, FAR, kept=False)
-        tokens = _longest(near, far, trials.layers, where.budget_bytes)
+        tokens = _longest(near, far, trials.layers, where)
         here = between(near, far, tokens)
         slope = (far.peak_bytes(trials.layers, 0) - near.peak_bytes(trials.layers, 0)) / (FAR - NEAR)
         yield Reach(
@@ -63,12 +63,14 @@ def _of_one(recipe: Recipe, tokens: int) -> Lengths:
     return Lengths(row, None, tokens, tokens, row, assumed=True)
 
 
-def _longest(near: Law, far: Law, layers: int, budget_bytes: int) -> int:
-    """Tokens of the longest pack on the line through two that fits; 0 if none does."""
+def _longest(near: Law, far: Law, layers: int, where: Target) -> int:
+    """Tokens of the longest pack on the line through two that fits, the host's memory as well; 0 if none does."""
     low, high = 0, 2**22
     while high - low > 1:
         middle = (low + high) // 2
-        if between(near, far, middle).peak_bytes(layers, 0) <= budget_bytes:
+        here = between(near, far, middle)
+        on_host = here.host_bytes(layers, 0) <= where.host_budget_bytes
+        if on_host and here.peak_bytes(layers, 0) <= where.budget_bytes:
             low = middle
         else:
             high = middle

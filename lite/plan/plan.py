@@ -12,6 +12,7 @@ from typing import Any
 
 from lite.data.examples import TokenExample
 from lite.errors import ModelError
+from lite.model import adapters
 from lite.plan import lengths, skeleton
 from lite.plan.advice import advice
 from lite.plan.lengths import Lengths
@@ -26,6 +27,12 @@ PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "workin
 QUANTISED_A_SECOND = 25e6  # weights, by bitsandbytes on two cores; a checkpoint that is quantised already needs none
 NF4_BITS = 4.127  # a weight, its scales quantised again
 CONFIRMATIONS = 3  # whole runs at most, each with a layer more recomputed, before the least hungry settings are taken
+
+
+class Unplannable(ModelError):
+    """A model whose step cannot be run without its numbers."""
+
+
 Said = Callable[[str], None]
 
 
@@ -116,11 +123,15 @@ def plan(
     """The plan of a recipe for `where`, or for the machine that it names; `rows`: the data's lengths, if known.
 
     quick: by a few layers alone; else the whole model's step is run once. longest: whether to find the longest example
-    that would fit; advise: whether to look for what would fit where the recipe does not. Raises ModelError for a model
-    whose step cannot be run without its numbers.
+    that would fit; advise: whether to look for what would fit where the recipe does not. Raises Unplannable, and
+    ModelError for levers that the model has not.
     """
     started = time.perf_counter()
+    recipe = adapters.settle(recipe)  # of an adapter that it goes on from, the rank
     where = where or target(recipe)
+    if recipe.attn_implementation == "padded":
+        said_of = (*where.assumptions, "packs: padded batches take more than is planned")
+        where = replace(where, assumptions=said_of)
     rows = rows or lengths.assumed(recipe)
     config = skeleton.config_of(recipe)
     trials = Trials(recipe, config, rows, where)
@@ -133,7 +144,7 @@ def plan(
         found = _confirmed(trials, chosen, quick=quick)
     except (RuntimeError, NotImplementedError) as error:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ModelError(
+        raise Unplannable(
             f"{recipe.model}: its step cannot be run without its numbers, so no plan can be made of it: {first}"
         ) from error
     chosen, peak, parts, host, seconds = found
@@ -188,9 +199,10 @@ def _confirmed(
 def _recomputing(trials: Trials, chosen: Chosen, more: int) -> Chosen:
     """The same with so many layers more recomputed."""
     law = chosen.law if chosen.law.alone else trials.law(chosen.settings, chosen.tokens)
-    levers = replace(chosen.settings.levers, recompute_layers=chosen.recomputed + more)
-    settings = replace(chosen.settings, levers=levers)
-    return replace(chosen, settings=settings, law=law, recomputed=chosen.recomputed + more, kept=chosen.kept - more)
+    recomputed, kept = chosen.recomputed + more, chosen.kept - more
+    seconds = chosen.step_seconds * law.seconds(recomputed, kept) / law.seconds(chosen.recomputed, chosen.kept)
+    settings = replace(chosen.settings, levers=replace(chosen.settings.levers, recompute_layers=recomputed))
+    return replace(chosen, settings=settings, law=law, recomputed=recomputed, kept=kept, step_seconds=seconds)
 
 
 def settled(

@@ -167,7 +167,8 @@ def _fastest(trials: Trials, start: Settings, tokens: int, law: Law) -> Candidat
 
 def _may_keep_attention(trials: Trials) -> bool:
     capped = trials.config.to_dict().get("attn_logit_softcapping")
-    able = can_keep(trials.recipe.attn_implementation, trials.target.device_type)
+    halves = trials.target.device_type == "cpu" or trials.target.dtype.itemsize == 2  # what the kernel on a card takes
+    able = halves and can_keep(trials.recipe.attn_implementation, trials.target.device_type)
     return trials.recipe.keep_attention is None and able and not capped
 
 

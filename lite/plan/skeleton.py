@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from lite.errors import ModelError
 from lite.model import adapters, catalog, load
 from lite.model.attention import install
 from lite.model.norms import replace_norms
@@ -43,8 +44,12 @@ def skeleton(recipe: Recipe, config: PreTrainedConfig, dtype: torch.dtype, *, la
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=recipe.trust_remote_code)
+    if quantised and not (quantised.get("load_in_4bit") or quantised.get("load_in_8bit")):
+        raise ModelError(f"{recipe.model}: quantised by {quantised.get('quant_method')}, which has no plan yet.")
     four_bit = recipe.load_in_4bit or bool(quantised and quantised.get("load_in_4bit"))
     eight_bit = recipe.load_in_8bit or bool(quantised and quantised.get("load_in_8bit"))
+    if recipe.load_in_4bit or recipe.load_in_8bit:
+        load.require_reach(recipe, model)
     if four_bit or eight_bit:
         _quantise(model, dtype, four_bit=four_bit)
     model.config.use_cache = False

@@ -46,14 +46,14 @@ class Target:
 def target(recipe: Recipe, *, card: str | None = None) -> Target:
     """The machine that the recipe names by `device` and `vram`, or `card`; without them this one.
 
-    On a CPU `vram` is what a run may take of this machine's memory. Without a GPU here and without `vram`, `card` or
-    device cpu, a card of 24 GB is assumed, and said. Raises RecipeError for an unknown card.
+    `vram` caps what a GPU here gives; on a CPU it caps what a step may take. Without a GPU here and without `vram`,
+    `card` or device cpu, a card of 24 GB is assumed, and said. Raises RecipeError for an unknown card.
     """
     if recipe.device == "cpu":
         if card is not None:
             raise RecipeError("device = cpu beside a card: a plan is for one of them. Leave one out.")
         return at_hand(recipe)
-    if card is not None or recipe.vram is not None or not torch.cuda.is_available():
+    if card is not None or not torch.cuda.is_available():
         return _named(recipe, card)
     return at_hand(recipe)
 
@@ -97,7 +97,11 @@ def _named(recipe: Recipe, name: str | None) -> Target:
             said.append(f"no GPU here: a card of {ASSUMED_CARD_GIB} GB is assumed; --vram or --card names another")
         card = cards.of_size(size)
         said.append(f"speed: that of a {card.name}; --card names another")
+    if card.usable_bytes <= 0:
+        raise RecipeError(f"vram = {recipe.vram}: CUDA alone takes {in_gib(cards.CONTEXT_BYTES)}. Expected more.")
     said.append(f"{ASSUMED_HOST_GIB} GB of host memory")
+    if recipe.dtype == "float32":
+        said.append("speed: as of bf16 products; in float32 they take at least twice as long")
     dtype = torch.float32 if recipe.dtype == "float32" else torch.bfloat16
     host = ASSUMED_HOST_GIB * GIB
     return Target("cuda", card, card.usable_bytes, card.memory_bytes, host, dtype, False, tuple(said))

@@ -72,7 +72,8 @@ class Trials:
                 levers = replace(settings.levers, recompute_layers=r, layers_on_host=r if streamed else 0)
                 return self.outcome(replace(settings, levers=levers), tokens, layers=r + p)
 
-            self._laws[key] = law(run, tokens, least=3 if in_flight else 1, kept=kept, recomputed=recomputed)
+            least = 3 if in_flight else 2 if streamed else 1
+            self._laws[key] = law(run, tokens, least=least, kept=kept, recomputed=recomputed)
         return self._laws[key]
 
     def outcome(self, settings: Settings, tokens: int, *, layers: int | None = None) -> Outcome:

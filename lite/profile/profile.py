@@ -25,7 +25,8 @@ from lite.engine.optimizer import optimizer
 from lite.errors import RecipeError
 from lite.memory import marks
 from lite.memory.meter import CUDA_GRANULE
-from lite.model import adapters
+from lite.model import adapters, load
+from lite.model.rotary import regimes
 from lite.plan import dry_run
 from lite.profile.clock import Clock
 from lite.profile.timeline import Timeline
@@ -112,11 +113,14 @@ class _Timed(NamedTuple):
 
 def _proving(recipe: Recipe, data: Prepared, progress: Progress) -> Prepared:
     """The rows of that step of the run, of any epoch, which has the largest pack; nothing is laid out for it."""
+    rotary = regimes(load.config_of(recipe))
     layout = Layout(
         recipe.signature.completions,
         tokens_per_pack=recipe.tokens_per_pack or TOKENS_PER_PACK,
         padded=recipe.attn_implementation == "padded",
         split_pairs=bool(recipe.split_pairs),
+        rotary_bound=rotary.bound,
+        rotary_grows=rotary.grows,
     )
     planned = planned_steps(recipe, data)
     most, worst, left, epoch = 0, [], planned, 0

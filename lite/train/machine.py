@@ -47,7 +47,7 @@ def require_one_process() -> None:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Most memory taken so far. CUDA: what torch allocated since `reset_peak`; CPU: the process's resident memory."""
+    """Most memory taken so far. CUDA: what torch allocated since `make_ready`; CPU: the process's resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if os.name == "nt":

@@ -8,10 +8,10 @@ import torch
 from lite.data.prepare import Prepared
 from lite.engine.forward import CHUNK_TOKENS
 from lite.engine.layout import TOKENS_PER_PACK
-from lite.errors import ModelError, RunError
+from lite.errors import RunError
 from lite.memory.levers import Levers
 from lite.plan import words
-from lite.plan.plan import Plan, settled
+from lite.plan.plan import Plan, Unplannable, settled
 from lite.plan.trials import Settings
 from lite.recipe import Recipe, planned_settings
 from lite.sizes import in_gib
@@ -31,7 +31,7 @@ def plan_run(
     progress.stage("planning the memory")
     try:
         plan = settled(recipe, data.train, steps, advise=not (recipe.force or go_on))
-    except ModelError as error:
+    except Unplannable as error:
         progress.note(f"no plan: {error}")
         progress.note("going on with every layer recomputed; what does not fit will be told when it happens")
         return _unplanned(recipe), None

@@ -85,7 +85,7 @@ def branch_attention(
     if kept.asked() and not can_keep(implementation, kind(query)):
         raise ModelError(
             f"The results of attention cannot be kept for recomputed layers with attn_implementation = "
-            f"{implementation} on {kind(query)}, which is what this model and device take. Leave it: --no-keep-attention."
+            f"{implementation} on {kind(query)}, which this model and device take. Leave it out: --no-keep-attention."
         )
     attend = {"varlen": _varlen, "flash": _flash, "sdpa": _sdpa, "eager": _eager}[implementation]
     return attend(query, key, value, branch_table, scaling, sliding_window, softcap), None

@@ -12,7 +12,6 @@ from typing import Any
 
 from lite.data.examples import TokenExample
 from lite.errors import ModelError
-from lite.model import adapters
 from lite.plan import lengths, skeleton
 from lite.plan.advice import advice
 from lite.plan.lengths import Lengths
@@ -127,7 +126,6 @@ def plan(
     ModelError for levers that the model has not.
     """
     started = time.perf_counter()
-    recipe = adapters.settle(recipe)  # of an adapter that it goes on from, the rank
     where = where or target(recipe)
     if recipe.attn_implementation == "padded":
         said_of = (*where.assumptions, "packs: padded batches take more than is planned")

@@ -32,7 +32,7 @@ def settings(plan: Plan) -> str:
     if levers.layers_on_host:
         words.append(f"{levers.layers_on_host} frozen layers on the host")
     if chosen.split_pairs:
-        words.append("longer pairs one completion at a time")
+        words.append("longer pairs split")
     return ", ".join(words)
 
 

@@ -70,7 +70,7 @@ def test_a_run_leaves_what_the_design_says(recipe: Callable) -> None:
     left = {path.name for path in run.folder.iterdir()}
     assert left == {
         "recipe.yaml", "identity.json", "environment.json", "ledger.json", "metrics.jsonl", "speed.jsonl",
-        "checkpoints", "adapter", "samples.json", "result.json", ".lock", "logps",
+        "checkpoints", "adapter", "samples.json", "result.json", ".lock", "logps", "plan.json",
     }  # fmt: skip
     assert run.result.keys() == {"run", "steps", "seconds", "peak_bytes", "packing", "eval_before", "eval_after"}
     assert json.loads((run.folder / "result.json").read_text(encoding="utf-8")) == run.result

@@ -44,7 +44,6 @@ from lite.recipe import Recipe
 from lite.sizes import GIB
 from lite.train import machine as run_machine
 
-DATA = Path("/work/shared/data/dpo_en_demo.json")
 CHARACTERS = 4  # a token
 CHUNKS = (128, 512, 2048)  # of the head
 STORAGES = ("nf4", "fp32")
@@ -192,11 +191,11 @@ def line(name: str, found: Found) -> str:
     return f"  {name:9s} {found['budget_bytes'] / GIB:6.3f} GiB  choice {words[0]}  best {words[1]}  {ratios}  {grid}"
 
 
-def rows_of(data: Path, count: int, most_tokens: int, vocabulary: int) -> list[TokenExample]:
+def rows_of(data: Path | None, count: int, most_tokens: int, vocabulary: int) -> list[TokenExample]:
     """So many pairs of random tokens, as long as the first that fit `most_tokens` in all."""
     draw = random.Random(0)
     sizes: list[tuple[int, ...]] = []
-    if data.exists():
+    if data is not None:
         for row in json.loads(data.read_text(encoding="utf-8")):
             prompt = sum(len(turn["value"]) for turn in row["conversations"])
             texts = (prompt, len(row["chosen"]["value"]), len(row["rejected"]["value"]))
@@ -205,10 +204,12 @@ def rows_of(data: Path, count: int, most_tokens: int, vocabulary: int) -> list[T
         sizes = [tuple(max(4, round(draw.lognormvariate(5, 0.8))) for _ in range(3)) for _ in range(50 * count)]
     sizes = [one for one in sizes if sum(one) <= most_tokens][:count]
 
+    name = data.name if data else "generated"
+
     def ids(size: int) -> tuple[int, ...]:
         return tuple(draw.randrange(vocabulary) for _ in range(size))
 
-    return [TokenExample(ids(p), (ids(c), ids(r)), Place(data.name, i + 1)) for i, (p, c, r) in enumerate(sizes)]
+    return [TokenExample(ids(p), (ids(c), ids(r)), Place(name, i + 1)) for i, (p, c, r) in enumerate(sizes)]
 
 
 def main() -> None:
@@ -219,7 +220,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4, help="of a step")
     parser.add_argument("--most-tokens", type=int, default=280, help="of a row")
     parser.add_argument("--rounds", type=int, default=7, help="of the finalists")
-    parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--data", type=Path, help="a ShareGPT file, for real lengths; without it drawn ones")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     shape = shape_named(options.model)

@@ -6,7 +6,7 @@ machine at hand (a CPU, a card that is not in the table) are measured instead, i
 
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -75,7 +75,7 @@ USUAL = ("rtx-3080", "rtx-3060", "rtx-4080", "rtx-4090", "rtx-5090", "a6000", "a
 def of_size(memory_bytes: int) -> Card:
     """A card of so much memory: the usual one, its own speed with this memory."""
     near = min((CARDS[name] for name in USUAL), key=lambda card: abs(card.memory_bytes - memory_bytes))
-    return Card(near.name, memory_bytes, near.operations, near.bandwidth, near.pcie)
+    return replace(near, memory_bytes=memory_bytes)
 
 
 def by_device_name(name: str, memory_bytes: int) -> Card | None:
@@ -88,7 +88,7 @@ def by_device_name(name: str, memory_bytes: int) -> Card | None:
     if not fits or "laptop" in words:
         return None
     best = max(fits, key=lambda card: len(card.name.split("-")))
-    return Card(best.name, memory_bytes, best.operations, best.bandwidth, best.pcie)
+    return replace(best, memory_bytes=memory_bytes)
 
 
 def measured(device: torch.device, dtype: torch.dtype, memory_bytes: int, name: str) -> Card:

@@ -39,13 +39,12 @@ class Row:
 
     def stretched(self, tokens: int) -> "Row":
         """The same proportions with so many tokens."""
-        count = len(self.completions)
         each = [max(1, round(c * tokens / self.tokens)) for c in self.completions]
         prompt = tokens - sum(each)
         if prompt < 1:
             each[each.index(max(each))] -= 1 - prompt
             prompt = 1
-        return Row(prompt, tuple(max(1, c) for c in each[:count]))
+        return Row(prompt, tuple(max(1, c) for c in each))
 
 
 @dataclass(frozen=True)

@@ -128,8 +128,7 @@ def plan(
     started = time.perf_counter()
     where = where or target(recipe)
     if recipe.attn_implementation == "padded":
-        said_of = (*where.assumptions, "packs: padded batches take more than is planned")
-        where = replace(where, assumptions=said_of)
+        where = replace(where, assumptions=(*where.assumptions, "packs: padded batches take more than is planned"))
     rows = rows or lengths.assumed(recipe)
     config = skeleton.config_of(recipe)
     trials = Trials(recipe, config, rows, where)

@@ -1,6 +1,6 @@
 """The target: the machine that is planned for, at hand or named, and what of its memory a step may take."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -74,7 +74,7 @@ def at_hand(recipe: Recipe) -> Target:
     card = cards.by_device_name(name, memory) or cards.measured(device, dtype, memory, name)
     # What other programs hold of it, a desktop or another run, is not this one's.
     taken = max(0, total - free - cards.CONTEXT_BYTES)
-    budget = min(card.usable_bytes, Card.usable_bytes.fget(_resized(card, total - taken)))  # type: ignore[attr-defined]
+    budget = min(card.usable_bytes, replace(card, memory_bytes=total - taken).usable_bytes)
     said = (f"{in_gib(taken)} of the card are taken by other programs",) if taken > 0.5 * GIB else ()
     return Target("cuda", card, budget, memory, host, dtype, True, said)
 
@@ -90,7 +90,7 @@ def _named(recipe: Recipe, name: str | None) -> Target:
                 f"--card {name}: not known." + (f" Did you mean {near}?" if near else "") + f" Known: {known}."
             )
         found = cards.CARDS[name.lower()]
-        card = _resized(found, size or found.memory_bytes)
+        card = replace(found, memory_bytes=size or found.memory_bytes)
     else:
         if size is None:
             size = ASSUMED_CARD_GIB * GIB
@@ -105,10 +105,6 @@ def _named(recipe: Recipe, name: str | None) -> Target:
     dtype = torch.float32 if recipe.dtype == "float32" else torch.bfloat16
     host = ASSUMED_HOST_GIB * GIB
     return Target("cuda", card, card.usable_bytes, card.memory_bytes, host, dtype, False, tuple(said))
-
-
-def _resized(card: Card, memory_bytes: int) -> Card:
-    return Card(card.name, memory_bytes, card.operations, card.bandwidth, card.pcie, card.efficiency, card.launch_s)
 
 
 def free_host_bytes() -> int:

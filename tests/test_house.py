@@ -33,12 +33,17 @@ ROOMS += [
     "profile",
     "judge",
     "report",
+    "merge",
+    "gguf",
+    "export",
+    "serve",
 ]
 ROOMS += ["cli"]
 # Third-party packages by the first room that may have them; `cli` adds its own and takes none of the machine's.
 MATHEMATICS = {"torch"}
 DATA = MATHEMATICS | {"transformers", "tokenizers", "jinja2", "pyarrow"}
 MACHINE = DATA | {"peft", "bitsandbytes", "safetensors", "accelerate", "psutil", "huggingface_hub"}
+LLAMA_CPP = MACHINE | {"numpy", "gguf", "xllamacpp", "sentencepiece"}
 PACKAGES = {
     "errors": set(),
     "spellings": set(),
@@ -60,6 +65,10 @@ PACKAGES = {
     "profile": MACHINE,
     "judge": MACHINE,
     "report": {"matplotlib"},
+    "merge": MACHINE,
+    "gguf": LLAMA_CPP,
+    "export": LLAMA_CPP,
+    "serve": LLAMA_CPP,
     "cli": {"typer", "rich"},
     "bundled": MACHINE,  # make.py trains the tiny model
     "__init__": set(),

@@ -1,0 +1,6 @@
+"""The merge room: a base and what was trained on it become one model, a few rows at a time, never whole in memory.
+
+checkpoint.py reads the shards of a model's folder; adapter.py is what an adapter adds; weights.py is both together;
+nf4.py is the base as training in four bits saw it. shards.py writes shards. source.py finds all that belongs to a run,
+an adapter or a model's folder; merge.py is the story of `lite merge`.
+"""

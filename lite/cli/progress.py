@@ -50,7 +50,7 @@ class Shown:
         """Say it."""
         self.line(f"  {message}")
 
-    def rows(self, done: int, total: int) -> None:
+    def rows(self, done: int, total: int, unit: str = "rows") -> None:
         """Move a bar of its own, or write a line if the last one is some seconds old."""
         now = time.monotonic()
         if self._rows_began is None or done < self._rows_began[1]:
@@ -58,14 +58,14 @@ class Shown:
             self._rows_began, self._next_line_s = (now, done), now
         began_s, before = self._rows_began
         rate = (done - before) / (now - began_s) if done > before and now > began_s else None
-        told = f"{rate:,.1f} rows/s" if rate else ""
+        told = f"{rate:,.1f} {unit}/s" if rate else ""
         left = "done" if done == total else f"{duration((total - done) / rate)} left" if rate else ""
         if self._interactive:
             self._rows_bar = self._rows_bar or _Bar.begun(self.console, total)
             self._rows_bar.update(self._rows_bar.task_ids[0], completed=done, left=left, figures=told)
         elif now >= self._next_line_s or done == total:
             self._next_line_s = now + LINE_EVERY_S
-            self.line("  ".join(part for part in (f"  {done}/{total} rows", told, left) if part))
+            self.line("  ".join(part for part in (f"  {done:,}/{total:,} {unit}", told, left) if part))
         if done == total:
             self._end_rows()
 

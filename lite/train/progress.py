@@ -18,8 +18,8 @@ class Progress(Protocol):
     def note(self, message: str) -> None:
         """Something worth a line: a number, a fallback, what was skipped."""
 
-    def rows(self, done: int, total: int) -> None:
-        """So many of the stage's rows are done; called often, from the first one on."""
+    def rows(self, done: int, total: int, unit: str = "rows") -> None:
+        """So many of the stage's rows (or of another unit: MiB) are done; called often, from the first one on."""
 
     def steps(self, total: int, done: int) -> None:
         """Training begins, or goes on, after `done` of `total` steps."""
@@ -51,7 +51,7 @@ class Quiet:
         """Log it."""
         log.info("%s", message)
 
-    def rows(self, done: int, total: int) -> None:
+    def rows(self, done: int, total: int, unit: str = "rows") -> None:
         """Nothing: the note at the stage's end says how many."""
 
     def steps(self, total: int, done: int) -> None:

@@ -7,7 +7,7 @@ So a product is the same in any layout, in training and out of it, and the numbe
 from typing import Any
 
 import torch
-from bitsandbytes.functional import dequantize_blockwise
+from bitsandbytes.functional import QuantState, dequantize_blockwise
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -30,10 +30,21 @@ def compute_dtype(layer: Linear4bit, x: Tensor) -> torch.dtype:
 def weight_of(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
     """The weight (out, in) in `dtype`: a buffer of its own if it is quantised, else the parameter itself."""
     if isinstance(layer, Linear4bit):
-        return _from_four_bits(layer.weight, dtype)
+        return from_four_bits(layer.weight.detach(), layer.weight.quant_state, dtype)
     if isinstance(layer, Linear8bitLt):
         return _from_int8(layer, dtype)
     return layer.weight
+
+
+def from_four_bits(packed: Tensor, state: QuantState, dtype: torch.dtype) -> Tensor:
+    """What a 4-bit weight stands for, in `dtype`; packed (bytes, 1) uint8, two weights each."""
+    scale = state.absmax
+    if state.nested:
+        scale = dequantize_blockwise(scale, state.state2).add_(state.offset)
+    # bitsandbytes' own function gives the dtype that was quantised; its products have that of the activations.
+    return torch.ops.bitsandbytes.dequantize_4bit.default(
+        packed.view(-1, 1), scale, state.blocksize, state.quant_type, state.shape, dtype
+    )
 
 
 def product(layer: nn.Linear, x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -58,17 +69,6 @@ class Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad @ weight_of(ctx.layer, grad.dtype), None
-
-
-def _from_four_bits(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    state = weight.quant_state
-    scale = state.absmax
-    if state.nested:
-        scale = dequantize_blockwise(scale, state.state2).add_(state.offset)
-    # bitsandbytes' own function gives the dtype that was quantised; its products have that of the activations.
-    return torch.ops.bitsandbytes.dequantize_4bit.default(
-        weight.detach().view(-1, 1), scale, state.blocksize, state.quant_type, state.shape, dtype
-    )
 
 
 def _from_int8(layer: Linear8bitLt, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,135 @@
+"""The special tokens in a GGUF file: what begins and ends a text, what ends an answer, the chat template.
+
+llama.cpp stops at the tokens whose text it knows (`KNOWN_ENDS`) and at those that the file names as EOS, EOT or EOM.
+Every stop token of generation_config.json, with which the model was trained, must be among them.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import gguf
+
+from lite.errors import ExportError
+from lite.gguf.tokenizer import TrainedTokenizer
+
+log = logging.getLogger(__name__)
+
+# Source: llama.cpp, src/llama-vocab.cpp, special_eog_ids.
+KNOWN_ENDS = frozenset(
+    "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s> <|eom_id|> "
+    "<EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> <|tool_response> "
+    "<｜end▁of▁sentence｜> [e~[".split(" ")
+)
+# The keys of a file that make a token an end. FIM_PAD has another meaning, but only for filling in the middle.
+END_SLOTS = ("eos", "eot", "eom", "fim_pad")
+STOPS_KEY = "tokenizer.ggml.eos_token_ids"
+
+
+def looks_special(token: str) -> bool:
+    """Whether llama.cpp's converter takes an added token as a control token though it is not marked as special."""
+    return (
+        token in ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
+        or (token.startswith("<|") and token.endswith("|>"))
+        or (token.startswith("<｜") and token.endswith("｜>"))
+        or (token.startswith("<unused") and token.endswith(">"))
+    )
+
+
+def stop_tokens(tokenizer: TrainedTokenizer, config: Mapping[str, Any]) -> list[int]:
+    """Ids that end an answer: generation_config.json's, else config.json's, else the tokenizer's own EOS."""
+    for ids in (tokenizer.generation.get("eos_token_id"), config.get("eos_token_id"), tokenizer.tokenizer.eos_token_id):
+        if ids is not None:
+            return list(dict.fromkeys([ids] if isinstance(ids, int) else ids))
+    return []
+
+
+def add_special_tokens(
+    writer: gguf.GGUFWriter,
+    tokenizer: TrainedTokenizer,
+    config: Mapping[str, Any],
+    tokens: Sequence[str],
+    *,
+    byte_level: bool,
+) -> None:
+    """Add the merges (of a byte-level BPE), ids and flags of special tokens, and the chat template.
+
+    tokens: texts by id, as the file has them.
+    Raises ExportError where a stop token cannot be made one in llama.cpp, or other tokens than BOS and EOS stand around
+    every text.
+    """
+    special = gguf.SpecialVocab(tokenizer.files, load_merges=byte_level, n_vocab=len(tokens))
+    ids, flags = special.special_token_ids, special.add_special_token
+    for kind in special.special_token_types:
+        if isinstance(found := config.get(f"{kind}_token_id"), int):
+            ids.setdefault(kind, found)
+    _surround(tokenizer, ids, flags)
+    stops = stop_tokens(tokenizer, config)
+    _make_stops(stops, ids, tokens)
+    special.chat_template = _chat_template(tokenizer)
+    special.add_to_gguf(writer, quiet=True)
+    if len(stops) > 1 or stops[:1] != [ids.get("eos")]:
+        # llama.cpp does not read it; Ollama's own engine does, and stops at nothing else but eos_token_id.
+        writer.add_array(STOPS_KEY, stops)
+
+
+def _surround(tokenizer: TrainedTokenizer, ids: dict[str, int], flags: dict[str, bool]) -> None:
+    """Let the flags say what the tokenizer really puts around a text.
+
+    Both are always written: without, llama.cpp and Ollama each have another default for each kind of tokenizer.
+    """
+    before, after = tokenizer.surroundings()
+    for kind, found in (("bos", before), ("eos", after)):
+        if len(found) > 1 or (found and found[0] != ids.setdefault(kind, found[0])):
+            raise ExportError(
+                f"{tokenizer.files}: the tokenizer puts {tokenizer.tokenizer.convert_ids_to_tokens(found)} "
+                f"{'before' if kind == 'bos' else 'after'} every text; llama.cpp can put one {kind.upper()} token there, "
+                f"which is {ids.get(kind)}. Its model cannot be written as GGUF."
+            )
+        flags[kind] = bool(found)
+
+
+def _make_stops(stops: Sequence[int], ids: dict[str, int], tokens: Sequence[str]) -> None:
+    """Give the stop tokens that llama.cpp would not know the ids that are free."""
+    outside = [stop for stop in stops if not 0 <= stop < len(tokens)]
+    if outside:
+        raise ExportError(
+            f"generation_config.json: eos_token_id names {outside}, and the model has {len(tokens)} tokens. Mend the file."
+        )
+    undone = _taken_back(tokens)
+    lost = [tokens[stop] for stop in stops if tokens[stop] in undone]
+    missing = [
+        stop for stop in stops if tokens[stop] not in KNOWN_ENDS and stop not in [ids.get(slot) for slot in END_SLOTS]
+    ]
+    for slot in END_SLOTS:
+        if missing and slot not in ids:
+            ids[slot] = missing.pop(0)
+    if "eos" not in ids and stops:
+        ids["eos"] = stops[0]
+    lost += [tokens[stop] for stop in missing]
+    if lost:
+        raise ExportError(
+            f"llama.cpp would not stop at {lost}, with which this model was trained to end an answer: it stops at "
+            f"{len(END_SLOTS)} tokens of a file's choice and at those it knows by their text.\n"
+            "Take stop tokens out of eos_token_id in generation_config.json, or serve the merged folder instead."
+        )
+    if not stops:
+        log.warning("no stop token is known: the model's answers will end at their longest length only")
+
+
+def _taken_back(tokens: Sequence[str]) -> set[str]:
+    """Ends that llama.cpp takes back again where the others here are in the vocabulary."""
+    there = {token for token in tokens if token in KNOWN_ENDS or token == "<|plamo:eos|>"}
+    undone = set()
+    if {"<|return|>", "<|call|>"} <= there or ({"<|call|>", "<|calls|>"} & there and "<|flush|>" in there):
+        undone.add("<|end|>")
+    if {"<|tool_response>", "<|plamo:eos|>"} & there:
+        undone.add("</s>")
+    return undone
+
+
+def _chat_template(tokenizer: TrainedTokenizer) -> str | list[dict[str, str]] | None:
+    template = tokenizer.tokenizer.chat_template
+    if isinstance(template, dict):
+        return [{"name": name, "template": text} for name, text in template.items()]
+    return template

@@ -38,10 +38,14 @@ class Judge:
 
 
 def loaded(recipe: Recipe, examples: Sequence[TokenExample], progress: Progress) -> Judge:
-    """The recipe's model, which is compared with the plain forward on two of the examples unless self_check is off."""
+    """The recipe's model, `ready`."""
     progress.stage(f"loading {recipe.model}")
     machine.make_ready(load.device(recipe))
-    model = precompute.loaded(recipe).eval()
+    return ready(precompute.loaded(recipe).eval(), recipe, examples, progress)
+
+
+def ready(model: Model, recipe: Recipe, examples: Sequence[TokenExample], progress: Progress) -> Judge:
+    """A model that is compared with the plain forward on two of the examples unless self_check is off."""
     judge = Judge(model, layouts.layout_of(recipe, model), layouts.path_of(recipe))
     names, alike = next(iter(by_names(examples).items()))
     if not recipe.self_check:

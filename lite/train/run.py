@@ -198,6 +198,11 @@ def planned_steps(folder: Path) -> int:
     return _identity(folder)["steps"]
 
 
+def data_digest(folder: Path) -> str:
+    """Of the rows that the run was started with: `Prepared.digest`."""
+    return _identity(folder)["data"]
+
+
 def note_environment(folder: Path, now: Mapping[str, Any], note: Callable[[str], None]) -> None:
     """Say what differs from the machine that the run began on: from here on its last bits may differ too."""
     before = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))

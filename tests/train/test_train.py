@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import lite
 from lite.errors import DataError, ModelError, RecipeError, RunError
+from lite.model import trained_with
 from lite.train import checkpoints, resume, train
 from tests.tiny import write_pairs
 
@@ -98,6 +99,7 @@ def test_the_saved_recipe_reruns_the_run(recipe: Callable, tmp_path: Path) -> No
 def test_the_adapter_stands_alone(recipe: Callable, tiny: Path) -> None:
     """peft on the plain base gives the run's own logps with it; tokenizer, template and stop tokens are there too."""
     run = train(recipe())
+    assert trained_with.read(run.adapter) == trained_with.record_of(run.adapter)
     tokenizer = AutoTokenizer.from_pretrained(str(run.adapter))
     assert tokenizer.chat_template == AutoTokenizer.from_pretrained(str(tiny / "model")).chat_template
     assert GenerationConfig.from_pretrained(str(run.adapter)).eos_token_id == [tokenizer.eos_token_id]

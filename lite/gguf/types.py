@@ -37,7 +37,7 @@ _TYPES = [
     FileType("q6_k", 18, Kind.Q6_K, 6.56, "very little loss"),
     FileType("q5_k_m", 17, Kind.Q5_K, 5.7, "little loss"),
     FileType("q5_k_s", 16, Kind.Q5_K, 5.57, "q5_k_m without its tensors of six bits"),
-    FileType("q5_1", 9, Kind.Q5_1, 6.0, "the older five bits, with an offset"),
+    FileType("q5_1", 9, Kind.Q5_1, 6.04, "the older five bits, with an offset"),
     FileType("q5_0", 8, Kind.Q5_0, 5.57, "the older five bits"),
     FileType("q4_k_m", 15, Kind.Q4_K, 4.89, "the usual choice: small, some loss"),
     FileType("q4_k_s", 14, Kind.Q4_K, 4.67, "q4_k_m with fewer tensors of more bits"),

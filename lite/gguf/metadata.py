@@ -1,0 +1,53 @@
+"""Metadata: what a GGUF file says of where its model comes from, and how it is stored.
+
+Names, licence, base models and sampling settings are read from the model's card, config.json and generation config by
+the gguf package, as llama.cpp's converter has it do.
+"""
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from math import prod
+from pathlib import Path
+
+import gguf
+
+from lite.gguf.file import Stored
+from lite.gguf.types import FileType
+from lite.merge.source import Source
+
+
+def add_general(writer: gguf.GGUFWriter, source: Source, tensors: Sequence[Stored]) -> None:
+    """The `general.` keys but `file_type`."""
+    total, shared, expert, experts = counts(tensors)
+    found = gguf.Metadata.load(None, source.files, None, total)
+    if source.name != source.files.name:
+        # A run's: what the gguf package reads out of a folder's name, it shall read out of the run's.
+        named = gguf.Metadata.apply_metadata_heuristic(
+            gguf.Metadata(), gguf.Metadata.load_model_card(source.files), {}, Path(source.name), total
+        )
+        sampling = {field.name for field in fields(found) if field.name.startswith("sampling_")}
+        found = replace(named, **{name: getattr(found, name) for name in sampling})
+    found.name = found.name or source.name
+    if source.base_name is not None and source.adapter is not None and not found.base_models:
+        organization, _, name = source.base_name.rpartition("/")
+        found.base_models = [{"name": name} | ({"organization": organization} if organization else {})]
+    if found.size_label is None and total:
+        found.size_label = gguf.size_label(total, shared, expert, experts)
+    writer.add_type(gguf.GGUFType.MODEL)
+    found.set_gguf_meta_model(writer)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def add_file_type(writer: gguf.GGUFWriter, file_type: FileType) -> None:
+    """`general.file_type`."""
+    writer.add_file_type(file_type.value)
+
+
+def counts(tensors: Sequence[Stored]) -> tuple[int, int, int, int]:
+    """Parameters in all, those that every token uses, those of one expert, and the number of experts."""
+    total = sum(prod(tensor.shape) for tensor in tensors)
+    stacks = [tensor for tensor in tensors if "_exps." in tensor.name]
+    expert = sum(prod(stack.shape[1:]) for stack in stacks)
+    together = sum(prod(stack.shape) for stack in stacks)
+    experts = sum(stack.shape[0] for stack in stacks) // len(stacks) if stacks else 0
+    return total, total - together, expert, experts

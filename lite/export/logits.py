@@ -1,0 +1,145 @@
+"""What a source's model says next, by transformers, with the weights of one module in memory at a time.
+
+The model is built without weights. Before a module runs, its weights are read from the source; after it, they are
+gone. All sequences go through together, so that a model of any size is read once.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from lite.errors import ExportError, raise_collected
+from lite.merge.source import Source
+from lite.merge.weights import Weights
+from lite.model.head import backbone
+
+HEAD_BYTES = 64 * 2**20  # of the head's rows in fp32 at once
+# Of a mixture of experts transformers stacks what checkpoints have one by one: its name → theirs, in this order.
+STACKED = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("down_proj",), ("w2",))}
+MIXTRAL = ("mlp", "block_sparse_moe")  # transformers' name of the block, and the checkpoint's
+PLACEHOLDER = 0  # the token that pads
+
+
+def next_logps(source: Source, sequences: Sequence[Sequence[int]], at: Sequence[Sequence[int]]) -> Tensor:
+    """Log-probability of every token of the vocabulary after the positions `at` of each sequence.
+
+    Returns (N, V) float32, nats, on the CPU: position by position, sequence by sequence. Computed in fp32 with eager
+    attention, on a GPU if there is one. Raises ExportError if weights that the model needs are not there.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = _skeleton(source, device)
+    head = _head_names(model, source.weights)
+    longest = max(map(len, sequences))
+    # Padding comes after a sequence, where no causal model sees it.
+    ids = torch.tensor([[*sequence, *[PLACEHOLDER] * (longest - len(sequence))] for sequence in sequences])  # (B, T)
+    _read_on_demand(model, source.weights, ids, device)
+    with torch.inference_mode():
+        hidden = backbone(model)(input_ids=ids.to(device), use_cache=False).last_hidden_state  # (B, T, D)
+        picked = torch.cat([hidden[row, list(places)] for row, places in enumerate(at)])  # (N, D)
+        del hidden
+        return _logits(picked, source, head).log_softmax(-1).cpu()
+
+
+def _skeleton(source: Source, device: torch.device) -> PreTrainedModel:
+    """The model with its buffers on the device and every parameter on meta."""
+    settings = dict(source.config)
+    try:
+        config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    except (KeyError, ValueError, TypeError) as error:
+        raise ExportError(f"{source.name}: transformers cannot build its model from config.json: {error}") from error
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+    return model.eval()
+
+
+def _read_on_demand(model: PreTrainedModel, weights: Weights, ids: Tensor, device: torch.device) -> None:
+    """Let each module of the backbone read its weights before it runs, and drop them after."""
+    inside = {id(module) for module in backbone(model).modules()}
+    embedding, problems = model.get_input_embeddings(), []
+    for path, module in model.named_modules():
+        names = {name: f"{path}.{name}" for name, _ in module.named_parameters(recurse=False)}
+        if id(module) not in inside or not names:
+            continue
+        problems += [f"{name}: not in the weights" for name in names.values() if not _pieces(name, weights)]
+        shells = dict(module.named_parameters(recurse=False))
+
+        def fill(module: nn.Module, _: Any, *, names: dict[str, str] = names) -> None:
+            for name, full in names.items():
+                tensor = _rows_of(full, weights, ids) if module is embedding else _whole(full, weights)
+                module.register_parameter(name, nn.Parameter(tensor.to(device, torch.float32), requires_grad=False))
+
+        def drop(module: nn.Module, *_: Any, shells: dict[str, nn.Parameter] = shells) -> None:
+            for name, shell in shells.items():
+                module.register_parameter(name, shell)
+
+        module.register_forward_pre_hook(fill)
+        module.register_forward_hook(drop)
+    raise_collected(ExportError, "The model cannot be run to compare with:", problems)
+
+
+def _rows_of(name: str, weights: Weights, ids: Tensor) -> Tensor:
+    """The embedding with the rows that are looked up; the others are never written, so that they take no memory."""
+    (own,) = _pieces(name, weights)[0]
+    shape = weights.shapes[own]
+    table = torch.empty(shape, dtype=torch.float32)  # (V, D)
+    for row in ids.unique().tolist():
+        table[row] = weights.rows(own, row, row + 1)[0].float()
+    return table
+
+
+def _whole(name: str, weights: Weights) -> Tensor:
+    """A parameter of transformers' from the checkpoint's tensors: itself, or its experts joined and stacked."""
+    parts = [[weights.rows(piece).float() for piece in pieces] for pieces in _pieces(name, weights)]
+    if len(parts) == 1 and len(parts[0]) == 1:
+        return parts[0][0]
+    return torch.stack([torch.cat(pieces) for pieces in parts])
+
+
+def _pieces(name: str, weights: Weights) -> list[list[str]]:
+    """The checkpoint's tensors that a parameter is made of: stacked over the outer list, joined over the inner one."""
+    for known in (name, name.replace(f".{MIXTRAL[0]}.", f".{MIXTRAL[1]}.")):
+        if known in weights.shapes:
+            return [[known]]
+        prefix, _, last = known.rpartition(".")
+        for words in STACKED.get(last, ()) if prefix.endswith(".experts") else ():
+            found = []
+            while all(f"{prefix}.{len(found)}.{word}.weight" in weights.shapes for word in words):
+                found.append([f"{prefix}.{len(found)}.{word}.weight" for word in words])
+            if found:
+                return found
+    return []
+
+
+def _head_names(model: PreTrainedModel, weights: Weights) -> list[str]:
+    """Weight and, if it has one, bias of the head: those of the embedding, where they are tied."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    head = paths[id(model.get_output_embeddings())]
+    own = [f"{head}.{kind}" for kind in ("weight", "bias") if f"{head}.{kind}" in weights.shapes]
+    return own or [f"{paths[id(model.get_input_embeddings())]}.weight"]
+
+
+def _logits(hidden: Tensor, source: Source, head: Sequence[str]) -> Tensor:
+    """(N, V) of the hidden states (N, D), with the model's scale and cap."""
+    name, *bias = head
+    rows, width = source.weights.shapes[name]
+    at_once = max(1, HEAD_BYTES // (4 * width))
+    logits = torch.cat(
+        [
+            hidden @ source.weights.rows(name, start, min(start + at_once, rows)).to(hidden.device, hidden.dtype).T
+            for start in range(0, rows, at_once)
+        ],
+        dim=-1,
+    )
+    if bias:
+        logits += source.weights.rows(bias[0]).to(logits.device, logits.dtype)
+    logits *= (source.config.get("logit_scale") or 1.0) / (source.config.get("logits_scaling") or 1.0)
+    cap = source.config.get("final_logit_softcapping")
+    return logits if not cap or math.isinf(cap) else cap * torch.tanh(logits / cap)

@@ -52,9 +52,7 @@ class Packed:
     def rows(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows [start, stop) of the first axis, dequantised, in `dtype`."""
         if "SCB" in self.scales:
-            # Multiplied in fp32 and rounded once, as training does (lite/model/frozen.py).
-            scale = self.scales["SCB"].rows(start, stop).float()[:, None] / 127
-            return (self.weight.rows(start, stop) * scale).to(self.dtype)
+            return from_int8(self.weight.rows(start, stop), self.scales["SCB"].rows(start, stop), self.dtype)
         return self.last.get(self.name, self._whole)[start:stop].clone()
 
     def _whole(self) -> Tensor:
@@ -64,6 +62,13 @@ class Packed:
 
         state = QuantState.from_dict({key: part.rows() for key, part in self.scales.items()}, torch.device("cpu"))
         return from_four_bits(self.weight.rows(), state, self.dtype)
+
+
+def from_int8(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """What int8 rows stand for; weight (rows, in) int8, scale (rows,). Multiplied in fp32 and rounded once, as training
+    does (lite/model/frozen.py).
+    """
+    return (weight * (scale.float()[:, None] / 127)).to(dtype)
 
 
 def packed(

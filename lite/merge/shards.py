@@ -1,0 +1,139 @@
+"""Shards: a model's weights written as safetensors files, a few rows at a time.
+
+All sizes are known before a byte is read, so each file begins with its whole header and is written from front to back.
+In memory is one chunk of rows, as it was read and as it is written.
+"""
+
+import errno
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lite.errors import ExportError
+from lite.merge.stored import DTYPES
+from lite.merge.weights import Weights
+from lite.sizes import in_gib
+
+SHARD_BYTES = 5_000_000_000  # as transformers has it
+CHUNK_BYTES = 64 * 2**20
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file to be: its tensors in the order of their bytes, each with the dtype that it is rounded to."""
+
+    name: str
+    dtypes: dict[str, torch.dtype]
+
+
+def write(
+    folder: Path,
+    weights: Weights,
+    dtypes: Mapping[str, torch.dtype] | None = None,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    advance: Callable[[int], None] = lambda _: None,
+) -> list[Path]:
+    """The safetensors files of `weights` in `folder`, which is there: one, or numbered ones and their index.
+
+    dtypes: what a tensor is rounded to, if not to its own dtype. advance: called with the bytes written since it was
+    last called. Nothing is synced to the disk, and what a failure leaves is the caller's to remove.
+    Raises ExportError if there is no room, or the folder cannot be written to, saying what is needed and what is free.
+    """
+    wanted = {name: (dtypes or {}).get(name, weights.dtype(name)) for name in weights.shapes}
+    shards = plan(weights.shapes, wanted, shard_bytes)
+    needed = total_bytes(weights.shapes, wanted)
+    try:
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            raise OSError(errno.ENOSPC, "too little space")
+        for shard in shards:
+            _write_shard(folder / shard.name, shard, weights, advance)
+        if len(shards) > 1:
+            places = {name: shard.name for shard in shards for name in shard.dtypes}
+            index = {"metadata": {"total_size": needed}, "weight_map": dict(sorted(places.items()))}
+            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ExportError(_no_room(folder, needed, error)) from None
+    return [folder / shard.name for shard in shards]
+
+
+def total_bytes(shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype]) -> int:
+    """Bytes of all tensors together, headers aside."""
+    return sum(math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items())
+
+
+def plan(shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype], shard_bytes: int) -> list[Shard]:
+    """Which tensor goes to which file: in their order, each file as full as it gets; one too large is alone in its."""
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name, shape in shapes.items():
+        nbytes = math.prod(shape) * dtypes[name].itemsize
+        if groups[-1] and size + nbytes > shard_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += nbytes
+    count = len(groups)
+    titles = [SINGLE] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+    # Wide dtypes first: then every tensor begins at a multiple of its own element's size.
+    ordered = [sorted(group, key=lambda name: -dtypes[name].itemsize) for group in groups]
+    return [Shard(title, {name: dtypes[name] for name in group}) for title, group in zip(titles, ordered, strict=True)]
+
+
+def chunks(weights: Weights, name: str, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Tensor]:
+    """All rows of a tensor, as many at a time as have `chunk_bytes` in fp32."""
+    shape = weights.shapes[name]
+    if not shape:
+        yield weights.rows(name)
+        return
+    row_bytes = 4 * math.prod(shape[1:])
+    step = max(1, chunk_bytes // max(row_bytes, 1))
+    for start in range(0, shape[0], step):
+        yield weights.rows(name, start, min(start + step, shape[0]))
+
+
+def _write_shard(path: Path, shard: Shard, weights: Weights, advance: Callable[[int], None]) -> None:
+    with open(path, "wb", buffering=0) as file:
+        _write_all(file.write, memoryview(_header(shard, weights.shapes)))
+        for name, dtype in shard.dtypes.items():
+            for rows in chunks(weights, name):
+                data = rows.to(dtype).contiguous().flatten().view(torch.uint8)
+                _write_all(file.write, memoryview(data.numpy()))
+                advance(data.nbytes)
+
+
+def _write_all(write_some: Callable[[memoryview], int], data: memoryview) -> None:
+    # An unbuffered file may take a part only: the system takes 2 GiB at most, and a full disk what there is room for.
+    while data:
+        data = data[write_some(data) :]
+
+
+def _header(shard: Shard, shapes: Mapping[str, tuple[int, ...]]) -> bytes:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, dtype in shard.dtypes.items():
+        begin, end = end, end + math.prod(shapes[name]) * dtype.itemsize
+        header[name] = {"dtype": _CODES[dtype], "shape": list(shapes[name]), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the tensors begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text
+
+
+def _no_room(folder: Path, needed: int, error: OSError) -> str:
+    try:
+        free = in_gib(shutil.disk_usage(folder).free)
+    except OSError:
+        free = "an unknown amount"
+    return (
+        f"{folder}: the weights cannot be written: {error.strerror or error}. They need {in_gib(needed)}, and {free} "
+        "is free there.\nMake room, lift the limit on the size of files, or choose a folder on another disk with -o."
+    )

@@ -108,7 +108,7 @@ def _quantise(rows: np.ndarray, out: np.ndarray, kind: Kind, importance: np.ndar
         weights = importance.ctypes.data if importance is not None else None
         ggml.ggml_quantize_chunk(int(kind), rows.ctypes.data, out.ctypes.data, 0, *rows.shape, weights)
     elif kind in _BY_GGUF:
-        with np.errstate(over="ignore"):
+        with np.errstate(all="ignore"):  # a denormal's scale has no inverse; what comes of it is zero
             out[:] = quants.quantize(rows, kind).view(np.uint8)
     else:
         raise ExportError(f"{kind.name} is quantised by llama.cpp, which is not here: pip install xllamacpp")

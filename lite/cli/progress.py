@@ -65,7 +65,7 @@ class Shown:
             self._rows_bar.update(self._rows_bar.task_ids[0], completed=done, left=left, figures=told)
         elif now >= self._next_line_s or done == total:
             self._next_line_s = now + LINE_EVERY_S
-            self.line("  ".join(part for part in (f"  {done:,}/{total:,} {unit}", told, left) if part))
+            self.line("  ".join(part for part in (f"  {done}/{total} {unit}", told, left) if part))
         if done == total:
             self._end_rows()
 

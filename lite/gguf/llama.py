@@ -59,12 +59,13 @@ class Llama:
         """What it says of the model: n_vocab, n_ctx_train, n_embd, n_params, size (bytes), ftype."""
         return self._asked("/v1/models")["data"][0]["meta"]
 
-    def tokenise(self, text: str, *, special: bool = True) -> list[int]:
-        """Token ids of a text as it stands, nothing put before or after it.
+    def tokenise(self, text: str, *, special: bool = True, beginning: bool = False) -> list[int]:
+        """Token ids of a text as it stands.
 
-        special: whether the text of a special token (`<|im_end|>`) becomes that token.
+        special: whether the text of a special token (`<|im_end|>`) becomes that token. beginning: put before and after
+        it what the file says belongs there (the beginning-of-text token).
         """
-        asked = {"content": text, "add_special": False, "parse_special": special}
+        asked = {"content": text, "add_special": beginning, "parse_special": special}
         return self._asked("/tokenize", asked)["tokens"]
 
     def rendered(self, messages: Sequence[Mapping[str, Any]]) -> str:

@@ -20,8 +20,10 @@ OTHERS = {
     "resume": ("Go on with a run that was interrupted, to the very result it would have had.", "resume"),
     "score": ("What a model or a run says of every row of a file: for judging it, and for choosing data.", "score"),
     "what-if": ("What other losses and betas would make of a run's held-out rows, in seconds.", "what_if"),
+    "merge": ("Put a run's adapter into its base: a folder that is a model like any other.", "merge"),
     "plan": ("Whether a run fits, at which settings, what takes the memory, how fast: before it begins.", "plan"),
     "profile": ("The first steps of a run, measured: time by part, memory by part, the largest pack.", "profile"),
+    "export": ("A run or a model as a GGUF, an Ollama model, safetensors …, compared with the model itself.", "export"),
     "precompute": ("Read the reference's log-probs of every row into the cache, without training.", "precompute"),
     "reference": ("The cache of the reference's log-probs: ls, verify, export, import, prune.", "reference"),
 }

@@ -1,0 +1,45 @@
+"""A model's folder, as transformers, vLLM and every converter read it: weights, config, companions and a card."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from lite.merge import card, companions, shards
+from lite.merge.source import Source
+from lite.model import trained_with
+from lite.train.progress import Progress
+
+MIB = 2**20
+
+
+def write(source: Source, folder: Path, progress: Progress, *, command: str = "") -> dict[str, Any]:
+    """Write all of the source into `folder`, which is there and empty; tensors, bytes, files and dtypes of the weights.
+
+    Each tensor in the dtype that the base has it in. command: what was typed, for the card. Nothing is synced, and what
+    a failure leaves is the caller's to remove. Raises ExportError if there is no room.
+    """
+    dtypes = {name: source.stored.get(name, source.weights.dtype(name)) for name in source.weights.shapes}
+    total = shards.total_bytes(source.weights.shapes, dtypes)
+    done = told = 0
+
+    def advance(more: int) -> None:
+        nonlocal done, told
+        done += more
+        if (now := math.ceil(done / MIB)) != told:
+            told = now
+            progress.rows(now, math.ceil(total / MIB), "MiB")
+
+    files = shards.write(folder, source.weights, dtypes, advance=advance)
+    config = json.dumps(source.config, indent=2, ensure_ascii=False) + "\n"
+    (folder / "config.json").write_text(config, encoding="utf-8")
+    companions.write(source, folder)
+    command = command or f"lite merge {source.name}"
+    text = card.text(source, command, trained_with.record_of(folder))
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    return {
+        "tensors": len(dtypes),
+        "bytes": total,
+        "files": [path.name for path in files],
+        "dtypes": sorted({str(dtype).removeprefix("torch.") for dtype in dtypes.values()}),
+    }

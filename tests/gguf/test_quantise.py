@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,8 +25,12 @@ from tests.gguf.record_llama_quantize import SMALL, arithmetic_rows, tensors, we
 FIXTURE = Path(__file__).parent / "fixtures" / "llama_quantize.json.gz"
 WRITTEN = json.loads(gzip.decompress(FIXTURE.read_bytes()))["written"]
 BOTH = [Kind.F32, Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1]
-LATTICES = ("IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS")  # a second and more a matrix: the small ones do
 KINDS = list(dict.fromkeys(file_type.tensor_type for file_type in FILE_TYPES.values()))
+
+
+def slow_if_lattice(cases: dict[str, str]) -> list[Any]:
+    """Names of cases, slow where their types have one of two bits: ggml builds its lattice for five seconds."""
+    return [pytest.param(name, marks=pytest.mark.slow if "IQ2" in types else ()) for name, types in cases.items()]
 
 
 @pytest.fixture(scope="module")
@@ -80,26 +85,21 @@ def test_halves_are_rounded_as_torch_rounds(one: Quantiser) -> None:
         assert np.array_equal(one.quantise(rows, kind), truth)
 
 
-@pytest.mark.parametrize("key", WRITTEN)
+@pytest.mark.parametrize("key", slow_if_lattice({key: " ".join(types.values()) for key, types in WRITTEN.items()}))
 def test_bytes_are_those_of_llama_quantize(one: Quantiser, key: str) -> None:
     """Of every matrix of a small F32 model, with an importance matrix and without."""
     matrices = {name: shape for name, shape in tensors(SMALL).named(SMALL.layers) if len(shape) == 2}
     assert set(WRITTEN[key]) == set(matrices)
-    compared = set()
     for name, (rows, columns) in matrices.items():
         kind, truth = WRITTEN[key][name].split()
-        if kind in LATTICES and rows * columns > 1 << 15:
-            continue
         weights = weighed(columns) if key.endswith(" imatrix") and name.startswith("blk.") else None
         ours = one.quantise(arithmetic_rows(name, rows, columns), Kind[kind], weights)
         assert hashlib.sha256(ours.tobytes()).hexdigest() == truth, f"{name} as {kind}"
-        compared.add(kind)
-    assert compared == {text.split()[0] for text in WRITTEN[key].values()}
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-def test_threads_change_no_byte(one: Quantiser, bell: np.ndarray, kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
-    importance = np.square(bell).mean(0)
+@pytest.mark.parametrize("name", slow_if_lattice({kind.name: kind.name for kind in KINDS}))
+def test_threads_change_no_byte(one: Quantiser, bell: np.ndarray, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, importance = Kind[name], np.square(bell).mean(0)
     whole = one.quantise(bell, kind, importance)
     assert whole.dtype == np.uint8
     assert whole.shape == (8, row_bytes(kind, 512))
@@ -108,28 +108,29 @@ def test_threads_change_no_byte(one: Quantiser, bell: np.ndarray, kind: Kind, mo
         assert np.array_equal(two.quantise(bell, kind, importance), whole)
 
 
-def test_more_bits_are_a_smaller_error(one: Quantiser, bell: np.ndarray) -> None:
-    """Of a bell curve of width 1, by family; the last column is what each type is known to reach, rounded up."""
-    families = [
-        [(Kind.F32, 0), (Kind.F16, 3e-4), (Kind.BF16, 2e-3), (Kind.Q8_0, 0.006), (Kind.Q5_1, 0.04), (Kind.Q4_1, 0.083)],
-        [(Kind.Q8_0, 0.006), (Kind.Q5_0, 0.045), (Kind.Q4_0, 0.09)],
-        [(Kind.Q8_0, 0.006), (Kind.Q6_K, 0.019), (Kind.Q5_K, 0.038), (Kind.Q4_K, 0.075), (Kind.Q3_K, 0.16)],
-        [(Kind.Q3_K, 0.16), (Kind.Q2_K, 0.31)],
-        [(Kind.Q5_K, 0.038), (Kind.IQ4_NL, 0.08), (Kind.IQ4_XS, 0.081), (Kind.IQ3_S, 0.18), (Kind.IQ3_XXS, 0.22)],
-        [(Kind.IQ3_XXS, 0.22), (Kind.IQ2_S, 0.28), (Kind.IQ2_XS, 0.34), (Kind.IQ2_XXS, 0.38)],
-    ]
-    even = np.ones(512, np.float32)
+# By family, from fine to coarse: the root mean square error of a bell curve of width 1, rounded up.
+FAMILIES = {
+    "Q8_0 with offset": "F32 0, F16 3e-4, BF16 2e-3, Q8_0 0.006, Q5_1 0.04, Q4_1 0.083",
+    "Q8_0 without": "Q8_0 0.006, Q5_0 0.045, Q4_0 0.09",
+    "K": "Q8_0 0.006, Q6_K 0.019, Q5_K 0.038, Q4_K 0.075, Q3_K 0.16, Q2_K 0.31",
+    "IQ": "Q5_K 0.038, IQ4_NL 0.08, IQ4_XS 0.081, IQ3_S 0.18, IQ3_XXS 0.23",
+    "IQ of two bits": "IQ3_XXS 0.23, IQ2_S 0.28, IQ2_XS 0.32, IQ2_XXS 0.36",
+}
 
-    def error(kind: Kind) -> float:
+
+@pytest.mark.parametrize("family", slow_if_lattice(FAMILIES))
+def test_more_bits_are_a_smaller_error(one: Quantiser, bell: np.ndarray, family: str) -> None:
+    even, finer = np.ones(512, np.float32), 0.0
+    for name, bound in (entry.split() for entry in FAMILIES[family].split(", ")):
+        kind = Kind[name]
         blocks = one.quantise(bell, kind, even if kind in NEEDS_IMPORTANCE else None)
-        return math.sqrt(np.square(dequantise(blocks, kind, 512) - bell).mean())
+        error = math.sqrt(np.square(dequantise(blocks, kind, 512) - bell).mean())
+        assert finer <= error <= float(bound), name
+        finer = error
 
-    errors = {kind: error(kind) for kind in KINDS}
-    assert {kind for family in families for kind, _ in family} == set(KINDS)
-    for family in families:
-        for (kind, bound), (finer, _) in zip(family, [(family[0][0], 0.0), *family], strict=False):
-            assert errors[kind] <= bound, f"{kind.name}: {errors[kind]}"
-            assert errors[kind] >= errors[finer]
+
+def test_every_type_has_its_error_bounded() -> None:
+    assert {entry.split()[0] for text in FAMILIES.values() for entry in text.split(", ")} == {k.name for k in KINDS}
 
 
 def test_importance_moves_the_error_to_where_it_matters_less(one: Quantiser, bell: np.ndarray) -> None:

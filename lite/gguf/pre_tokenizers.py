@@ -8,7 +8,7 @@ compared, on `PROBES`: an equal cut of them all is what "the same" means here.
 import functools
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -18,14 +18,19 @@ from lite.errors import ExportError
 from lite.gguf.probes import PROBES
 
 CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+ASCII_CONTRACTIONS = "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"  # the other also takes ſ for an s
 LINES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3 = CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + LINES
 QWEN2 = CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + LINES
 UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+%s|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*%s|"
-TEKKEN = CASED % ("", "") + r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + LINES
-GPT4O = CASED % ((CONTRACTIONS + "?",) * 2) + r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + LINES
+# llama.cpp's regexes know the case of ASCII letters only, and no marks among letters.
+ASCII_CASED = r"[^\r\n\p{L}\p{N}]?(?:(?![a-z])\p{L})*(?:(?![A-Z])\p{L})+%s|"
+ASCII_CASED += r"[^\r\n\p{L}\p{N}]?(?:(?![a-z])\p{L})+(?:(?![A-Z])\p{L})*%s|"
+TEKKEN_REST = r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + LINES
+GPT4O_REST = TEKKEN_REST.replace(r"\p{N}|", r"\p{N}{1,3}|", 1)
+BARE, CONTRACTED = ("", ""), (CONTRACTIONS + "?", CONTRACTIONS + "?")
 DEEPSEEK3 = (
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|"
 )
@@ -54,19 +59,20 @@ class Way:
     name: str  # as tokenizer.ggml.pre says it
     regexes: tuple[str, ...]
     ignore_merges: bool = False  # a word that is a token stays whole, whatever its merges say
+    really: tuple[str, ...] = ()  # how llama.cpp cuts, where it falls short of the regexes
 
 
-# Source: llama.cpp, src/llama-vocab.cpp; where it approximates a regex of tokenizer.json (cased letters, which its
-# regexes know in ASCII only: tekken, gpt-4o), the regex that it stands for is here. Several names cut alike there;
-# the first one here is taken, by `ignore_merges`. Left out: ways that no architecture lite writes has been seen with.
+# Source: llama.cpp, src/llama-vocab.cpp; `regexes` are those of the tokenizer.json that the name stands for. Several
+# names cut alike there; the first one here is taken, by `ignore_merges`. Left out: ways that no architecture lite
+# writes has been seen with.
 WAYS = (
     Way("qwen2", (QWEN2,)),
     Way("llama-bpe", (LLAMA3,), ignore_merges=True),
     Way("dbrx", (LLAMA3,)),
     Way("gpt-2", (GPT2,)),
     Way("smollm", (r"\p{N}", GPT2)),
-    Way("tekken", (TEKKEN,), ignore_merges=True),
-    Way("gpt-4o", (GPT4O,)),
+    Way("tekken", (CASED % BARE + TEKKEN_REST,), ignore_merges=True, really=(ASCII_CASED % BARE + TEKKEN_REST,)),
+    Way("gpt-4o", (CASED % CONTRACTED + GPT4O_REST,), really=(ASCII_CASED % CONTRACTED + GPT4O_REST,)),
     Way(
         "qwen35",
         (CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|" + LINES,),
@@ -126,6 +132,13 @@ def cuts(pre_tokenizer: str) -> list[tuple[str, ...]]:
         json.dumps(shell | {"pre_tokenizer": json.loads(pre_tokenizer)})
     ).pre_tokenizer
     return [tuple(word for word, _ in made.pre_tokenize_str(probe)) for probe in PROBES]
+
+
+def same_in_llama(way: Way) -> tuple[str, ...]:
+    """The strings of `PROBES` that llama.cpp cuts as the tokenizers of a way do."""
+    regexes = tuple(regex.replace(CONTRACTIONS, ASCII_CONTRACTIONS) for regex in way.really or way.regexes)
+    really = cuts(json.dumps(way_json(replace(way, regexes=regexes))))
+    return tuple(probe for probe, there, here in zip(PROBES, really, _cuts_of(way), strict=True) if there == here)
 
 
 def way_json(way: Way) -> dict[str, Any]:

@@ -94,7 +94,6 @@ SPACES = (
     "a\u00a0b\u2003c\u3000d\u2028e\u2029f\u0085g\u200bh\ufeffi",
     "\u00a0\u00a0 \u3000 \u3000",
     "\x0b \x0c \x1c \x1f",
-    "▁ ▁▁ a▁b ▁a ▁",
 )
 EMOJI = (
     "🚀 (normal) 😶‍🌫️ (multiple emojis concatenated) ✅ 🦙🦙",

@@ -4,8 +4,11 @@ llama.cpp stops at the tokens whose text it knows (`KNOWN_ENDS`) and at those th
 Every stop token of generation_config.json, with which the model was trained, must be among them.
 """
 
+import json
 import logging
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import gguf
@@ -17,12 +20,15 @@ log = logging.getLogger(__name__)
 
 # Source: llama.cpp, src/llama-vocab.cpp, special_eog_ids.
 KNOWN_ENDS = frozenset(
-    "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s> <|eom_id|> "
-    "<EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> <|tool_response> "
-    "<｜end▁of▁sentence｜> [e~[".split(" ")
+    (
+        *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>"),
+        *("<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<eos>"),
+        *("<end_of_utterance>", "<turn|>", "<|tool_response>", "<｜end▁of▁sentence｜>", "[e~["),
+    )
 )
 # The keys of a file that make a token an end. FIM_PAD has another meaning, but only for filling in the middle.
 END_SLOTS = ("eos", "eot", "eom", "fim_pad")
+PHI3_TOKENS = frozenset(("<unk>", "<s>", "</s>", "<|endoftext|>"))
 STOPS_KEY = "tokenizer.ggml.eos_token_ids"
 
 
@@ -34,6 +40,27 @@ def looks_special(token: str) -> bool:
         or (token.startswith("<｜") and token.endswith("｜>"))
         or (token.startswith("<unused") and token.endswith(">"))
     )
+
+
+def strips_spaces(added: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether llama.cpp has to take this for a Phi-3, whose special tokens take the white space behind them.
+
+    added: added_tokens of tokenizer.json. llama.cpp goes by the model's name, and aborts where one of `PHI3_TOKENS` is
+    not there.
+    """
+    added = list(added)
+    return any(entry["special"] and entry["rstrip"] for entry in added) and (
+        {entry["content"] for entry in added} >= PHI3_TOKENS
+    )
+
+
+def fitting_name(name: str, files: Path) -> str:
+    """The model's name (general.name), so that llama.cpp takes it for a Phi-3 if it has to, and only then."""
+    document = json.loads((files / "tokenizer.json").read_text(encoding="utf-8"))
+    phi3 = re.search("phi-?3", name, re.IGNORECASE) is not None
+    if strips_spaces(document["added_tokens"]):
+        return name if phi3 else f"{name} (Phi-3)"
+    return re.sub("(phi)-?(3)", r"\1 \2", name, flags=re.IGNORECASE)
 
 
 def stop_tokens(tokenizer: TrainedTokenizer, config: Mapping[str, Any]) -> list[int]:
@@ -58,6 +85,7 @@ def add_special_tokens(
     Raises ExportError where a stop token cannot be made one in llama.cpp, or other tokens than BOS and EOS stand around
     every text.
     """
+    logging.getLogger("gguf.vocab").setLevel(logging.ERROR)  # it warns of what is read anew below
     special = gguf.SpecialVocab(tokenizer.files, load_merges=byte_level, n_vocab=len(tokens))
     ids, flags = special.special_token_ids, special.add_special_token
     for kind in special.special_token_types:
@@ -83,8 +111,8 @@ def _surround(tokenizer: TrainedTokenizer, ids: dict[str, int], flags: dict[str,
         if len(found) > 1 or (found and found[0] != ids.setdefault(kind, found[0])):
             raise ExportError(
                 f"{tokenizer.files}: the tokenizer puts {tokenizer.tokenizer.convert_ids_to_tokens(found)} "
-                f"{'before' if kind == 'bos' else 'after'} every text; llama.cpp can put one {kind.upper()} token there, "
-                f"which is {ids.get(kind)}. Its model cannot be written as GGUF."
+                f"{'before' if kind == 'bos' else 'after'} every text; llama.cpp can put one {kind.upper()} token "
+                f"there, which is {ids.get(kind)}. Its model cannot be written as GGUF."
             )
         flags[kind] = bool(found)
 
@@ -94,7 +122,7 @@ def _make_stops(stops: Sequence[int], ids: dict[str, int], tokens: Sequence[str]
     outside = [stop for stop in stops if not 0 <= stop < len(tokens)]
     if outside:
         raise ExportError(
-            f"generation_config.json: eos_token_id names {outside}, and the model has {len(tokens)} tokens. Mend the file."
+            f"generation_config.json: eos_token_id names {outside}, and the model has {len(tokens)} tokens: mend it."
         )
     undone = _taken_back(tokens)
     lost = [tokens[stop] for stop in stops if tokens[stop] in undone]

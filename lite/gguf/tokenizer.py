@@ -43,11 +43,11 @@ class TrainedTokenizer:
 
 
 def read_tokenizer(files: Path) -> TrainedTokenizer:
-    """The tokenizer of a model's folder. Raises ExportError where there is none, or none that can be written as GGUF."""
+    """The tokenizer of a model's folder. Raises ExportError where there is none, or it cannot be read."""
     if not (files / "tokenizer.json").is_file():
         raise ExportError(
-            f"{files}: there is no tokenizer.json. Expected a model's folder with the tokenizer that it was trained with: "
-            "save it there with transformers' `AutoTokenizer.from_pretrained(…).save_pretrained(folder)`."
+            f"{files}: there is no tokenizer.json. Expected a model's folder with the tokenizer that it was trained "
+            "with: save it there with transformers' `AutoTokenizer.from_pretrained(…).save_pretrained(folder)`."
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(files), local_files_only=True)

@@ -17,9 +17,11 @@ from gguf import TokenType
 from tokenizers import Tokenizer
 
 from lite.errors import ExportError, raise_collected
-from lite.gguf.pre_tokenizers import way_of
-from lite.gguf.sentence_pieces import scored_pieces
-from lite.gguf.special_tokens import add_special_tokens, looks_special
+from lite.gguf import pre_tokenizers
+from lite.gguf import space_prefix as space_prefixes
+from lite.gguf.probes import special_probes
+from lite.gguf.sentence_pieces import SpmTokenizer, scored_pieces
+from lite.gguf.special_tokens import add_special_tokens, looks_special, strips_spaces
 from lite.gguf.tokenizer import TrainedTokenizer, read_tokenizer
 
 log = logging.getLogger(__name__)
@@ -37,7 +39,8 @@ class Vocabulary:
     tokens: list[str]
     types: list[int]  # gguf.TokenType
     scores: list[float] | None  # of "llama" alone
-    space_prefix: bool  # whether a text begins as if a space stood before it
+    probes: tuple[str, ...]  # strings that llama.cpp makes the same ids of as the tokenizer that was trained with
+    space_prefix: bool = False  # whether a text, and what follows a special token, begins as if after a space
 
 
 def add_vocabulary(writer: gguf.GGUFWriter, files: Path, config: Mapping[str, Any], *, rows: int | None = None) -> None:
@@ -69,32 +72,55 @@ def add_vocabulary(writer: gguf.GGUFWriter, files: Path, config: Mapping[str, An
     add_special_tokens(writer, tokenizer, config, vocabulary.tokens, byte_level=vocabulary.kind == "gpt2")
 
 
+def same_probes(files: Path, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Strings of which llama.cpp, with the file, and the tokenizer that was trained with make the same ids.
+
+    `PROBES`, less those that llama.cpp is known to cut otherwise whatever the file says (of which a warning is logged),
+    and strings around the special tokens. Raises ExportError as `add_vocabulary` does.
+    """
+    return vocabulary_of(read_tokenizer(files), config["vocab_size"], model_type=config.get("model_type", "")).probes
+
+
 def vocabulary_of(tokenizer: TrainedTokenizer, rows: int, *, model_type: str) -> Vocabulary:
     """The tokens of a model with `rows` rows of embedding. Raises ExportError as `add_vocabulary` says."""
     model = tokenizer.document["model"]
     if model["type"] != "BPE":
         raise ExportError(
-            f"{tokenizer.files}: the tokenizer is of the kind {model['type']}; byte-level BPE and SentencePiece's BPE with "
-            f"byte fallback are known. The pair of {model_type or 'this architecture'} and {model['type']} cannot be "
-            "written as GGUF."
+            f"{tokenizer.files}: the tokenizer is of the kind {model['type']}; byte-level BPE and SentencePiece's BPE "
+            f"with byte fallback are known. The pair of {model_type or 'this architecture'} and {model['type']} cannot "
+            "be written as GGUF."
         )
     _refuse_beyond(tokenizer, rows)
     if model.get("byte_fallback"):
-        tokens, scores, types, space_prefix = scored_pieces(tokenizer, rows)
+        tokens, scores, types = scored_pieces(tokenizer, rows)
         _place_added(tokenizer, tokens, types, scores, phi3=model_type == "phi3")
-        return Vocabulary("llama", "default", tokens, types, scores, space_prefix=space_prefix)
+        prefix, probes = space_prefixes.space_prefix(tokenizer)
+        llama = SpmTokenizer(tokens, scores, types, space_prefix=prefix, strips=strips_spaces(tokenizer.added.values()))
+        probes = space_prefixes.same_in_llama(tokenizer, llama, probes)
+        return Vocabulary("llama", "default", tokens, types, scores, probes, space_prefix=prefix)
     if '"ByteLevel"' not in json.dumps(tokenizer.document["pre_tokenizer"]):
         raise ExportError(
-            f"{tokenizer.files}: the tokenizer is a BPE over neither bytes (ByteLevel) nor characters with byte fallback; "
-            "llama.cpp knows these two. Its model cannot be written as GGUF."
+            f"{tokenizer.files}: the tokenizer is a BPE over neither bytes (ByteLevel) nor characters with byte "
+            "fallback; llama.cpp knows these two. Its model cannot be written as GGUF."
         )
-    way = way_of(tokenizer.document, whole_tokens=_tokens_are_whole(tokenizer))
+    way = pre_tokenizers.way_of(tokenizer.document, whole_tokens=_tokens_are_whole(tokenizer))
     tokens = [f"[PAD{i}]" for i in range(rows)]
     types = [int(TokenType.UNUSED)] * rows
     for token, i in tokenizer.pieces.items():
         tokens[i], types[i] = token, int(TokenType.NORMAL)
     _place_added(tokenizer, tokens, types, None)
-    return Vocabulary("gpt2", way.name, tokens, types, None, space_prefix=False)
+    if way.really:
+        log.warning("llama.cpp cuts words with accented capitals or combining marks otherwise than this tokenizer does")
+    wide = [entry["content"] for entry in tokenizer.added.values() if entry["lstrip"] or entry["rstrip"]]
+    if wide:
+        log.warning(
+            "llama.cpp leaves the spaces beside %s, which belong to them in this tokenizer", ", ".join(wide[:9])
+        )
+    around = [
+        entry["content"] for entry in tokenizer.added.values() if entry["special"] and entry["content"] not in wide
+    ]
+    probes = (*pre_tokenizers.same_in_llama(way), *special_probes(around))
+    return Vocabulary("gpt2", way.name, tokens, types, None, probes)
 
 
 def _place_added(
@@ -135,7 +161,7 @@ def _refuse_beyond(tokenizer: TrainedTokenizer, rows: int) -> None:
         ExportError,
         f"{tokenizer.files}: {len(beyond)} tokens have no row in the embedding, which has {rows}:",
         [f"{i}: {token!r}" for token, i in sorted(beyond.items(), key=lambda item: item[1])],
-        "Take the tokenizer that the model was trained with, or resize the embedding (`model.resize_token_embeddings`).",
+        "Take the tokenizer that the model was trained with, or resize the embedding (resize_token_embeddings).",
     )
 
 

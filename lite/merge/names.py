@@ -4,6 +4,7 @@ Mostly the same name. Of a model that also sees pictures, the live one has `mode
 checkpoint has `language_model.model.layers.0…`: then the end of the name decides, if one tensor alone has it.
 """
 
+import itertools
 import re
 from collections.abc import Collection
 
@@ -13,15 +14,26 @@ _SENSES = re.compile(r"vision|visual|audio|image")
 
 
 def place(live: str, names: Collection[str]) -> str | None:
-    """The name in `names` of the live model's parameter, or None if there is none, or no single one."""
+    """The name in `names` of the live model's parameter, or None if there is none, or no single one.
+
+    It has the longest common end, which holds the number of the layer, or else the last two parts.
+    """
     if live in names:
         return live
-    layers = re.search(r"(?:^|\.)(layers\.\d+\..*)$", live)
-    end = layers[1] if layers else ".".join(live.rsplit(".", 2)[-2:])
-    found = [name for name in names if name == end or name.endswith(f".{end}")]
-    # Towers of other senses have layers of the same names.
-    found = [name for name in found if bool(_SENSES.search(name)) == bool(_SENSES.search(live))]
-    return found[0] if len(found) == 1 else None
+    parts = live.split(".")
+    least = len(parts) - parts.index("layers") if "layers" in parts else 2
+    found: dict[int, list[str]] = {}
+    for name in names:
+        # Towers of other senses have layers of the same names.
+        if bool(_SENSES.search(name)) == bool(_SENSES.search(live)):
+            found.setdefault(_common_end(parts, name.split(".")), []).append(name)
+    longest = max(found, default=0)
+    return found[longest][0] if longest >= least and len(found[longest]) == 1 else None
+
+
+def _common_end(one: list[str], other: list[str]) -> int:
+    pairs = zip(reversed(one), reversed(other), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def tied_head(embedding: str) -> str:

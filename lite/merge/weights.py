@@ -52,6 +52,7 @@ class Merged:
                 continue
             shape = base.shapes[self._sources.get(name, name)]
             problems += [f"{name} {shape}: {problem}" for problem in update.misfits(shape)]
+            problems += [f"{live}: {name} is another's already"] if name in self._updates else []
             self._updates[name] = update
         advice = "Expected the base that it was trained on: see base_model_name_or_path in its adapter_config.json."
         raise_collected(ExportError, f"{adapter.folder}: the adapter belongs to another base:", problems, advice)

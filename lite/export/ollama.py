@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lite.errors import ExportError
-from lite.export import modelfile
+from lite.export import gguf, modelfile
 from lite.export.modelfile import Command
 from lite.export.ollama_template import OllamaTemplate, ollama_template, problems
 from lite.export.order import Order
-from lite.merge.companions import generation_config, stop_tokens
+from lite.merge.companions import generation_config, load_tokenizer, stop_tokens
 from lite.merge.source import Source
 from lite.train.progress import Progress
 
@@ -45,9 +45,7 @@ def write(source: Source, staging: Path, names: list[str], order: Order, progres
 
     Raises ExportError where Ollama's templates cannot say what the model's own says, before anything is written.
     """
-    from lite.export import gguf
-
-    tokenizer = tokenizer_of(source)
+    tokenizer = load_tokenizer(source.files)
     template = ollama_template(tokenizer, adds_bos=adds_bos(tokenizer))
     (staging / MODELFILE).write_bytes(written(source, tokenizer, template).encode())
     for note in template.notes:
@@ -58,15 +56,13 @@ def write(source: Source, staging: Path, names: list[str], order: Order, progres
 
 def check(source: Source, staging: Path, names: list[str], order: Order, progress: Progress) -> dict[str, Any]:
     """What is wrong with the GGUF, as its own target finds it, and with the Modelfile beside it."""
-    from lite.export import gguf
-
     figures = gguf.check(source, staging, [MODEL], order, progress)[MODEL]
     return {names[0]: {**figures, "problems": [*figures.get("problems", []), *modelfile_problems(source, staging)]}}
 
 
 def modelfile_problems(source: Source, folder: Path) -> list[str]:
     """Where the folder's Modelfile, read as Ollama reads it, is not what the model needs."""
-    tokenizer = tokenizer_of(source)
+    tokenizer = load_tokenizer(source.files)
     try:
         commands = modelfile.parsed((folder / MODELFILE).read_bytes().decode())
     except (OSError, UnicodeDecodeError, ExportError) as error:
@@ -97,13 +93,6 @@ def written(source: Source, tokenizer: "PreTrainedTokenizerBase", template: Olla
 def stop_words(source: Source, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
     """The text of every token that ends an answer."""
     return list(dict.fromkeys(tokenizer.convert_ids_to_tokens(stop_tokens(source))))
-
-
-def tokenizer_of(source: Source) -> "PreTrainedTokenizerBase":
-    """The tokenizer that belongs to the weights, with its chat template."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(str(source.files))
 
 
 def adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:

@@ -13,6 +13,7 @@ from lite.export import modelfile, ollama
 from lite.export.go_template import ollama_prompt
 from lite.export.modelfile import Command
 from lite.export.ollama_template import ollama_template, problems
+from lite.merge.companions import load_tokenizer
 from lite.merge.source import Source, source_of
 
 MODEL = Path(lite.bundled.__file__).parent / "model"
@@ -222,7 +223,7 @@ def source(tmp_path: Path) -> Source:
 
 def test_the_modelfile_of_a_model(source: Source, tmp_path: Path) -> None:
     """Both stop tokens and the sampling of generation_config.json; no SYSTEM where the template has none."""
-    tokenizer = ollama.tokenizer_of(source)
+    tokenizer = load_tokenizer(source.files)
     text = ollama.written(source, tokenizer, ollama_template(tokenizer, adds_bos=ollama.adds_bos(tokenizer)))
     commands = modelfile.parsed(text)
     stops = tokenizer.convert_ids_to_tokens([2045, 2046])

@@ -4,6 +4,7 @@ import sys
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,7 @@ LIMITS = {
     "max_tokens": lambda value: value >= 1, "temperature": lambda value: 0 <= value < float("inf"),
     "top_p": lambda value: 0 < value <= 1, "seed": lambda value: 0 <= value < 2**32,
     "context": lambda value: value >= 64, "threads": lambda value: value >= 1,
+    "parallel": lambda value: value >= 1, "port": lambda value: 0 <= value < 2**16,
 }  # fmt: skip
 TEXT = """Chat: talk to a run, a model or a GGUF in the terminal. It answers by the tokenizer, chat template and stop
 tokens that it was trained with.
@@ -91,7 +93,7 @@ def settings() -> list[Setting]:
     """Its own, and the recipe's of where to compute."""
     of_recipe = options.settings(signatures.find("orpo"))
     machine = [
-        Setting(s.key, s.kind, s.flags, s.metavar, s.help, s.facts[:2], "Machine")
+        replace(s, panel="Machine", help=s.help.replace("Where to train", "Where to compute"))
         for s in of_recipe
         if s.key in OF_A_MODEL
     ]

@@ -124,7 +124,7 @@ def prove(
     compared = len(said)
     regrets = regret(model[:compared], said)
     found, bound = divergences(model[:compared], said), bound_of(file_type)
-    endless = _endless(model[compared:].argmax(-1), ends, answers, stop_tokens(source))
+    unended = endless(model[compared:].argmax(-1), ends, answers, stop_tokens(source))
     report = Report(
         file_type=file_type.name,
         strings=strings,
@@ -141,11 +141,11 @@ def prove(
         bound_divergence=bound.divergence,
         answers=len(answers),
         ended=sum(answer.stopped for answer in answers),
-        endless=len(endless),
+        endless=len(unended),
         seconds=round(time.monotonic() - began, 1),
         notes=asked.notes,
     )
-    return replace(report, problems=_problems(report, texts, prompts, endless))
+    return replace(report, problems=_problems(report, texts, prompts, unended))
 
 
 def regret(model: Tensor, file: Sequence[Distribution]) -> Tensor:
@@ -247,7 +247,7 @@ def _rendering(file: Llama, tokenizer: PreTrainedTokenizerBase) -> tuple[int, li
     return count, differing
 
 
-def _endless(likeliest: Tensor, ends: Sequence[Walk], answers: Sequence[Answer], stops: Sequence[int]) -> list[str]:
+def endless(likeliest: Tensor, ends: Sequence[Walk], answers: Sequence[Answer], stops: Sequence[int]) -> list[str]:
     """A line for each answer that the file did not end, though the model would have ended it on the way.
 
     likeliest (N,): the model's next token at each place of `ends`, which go along the file's answers.
@@ -261,7 +261,7 @@ def _endless(likeliest: Tensor, ends: Sequence[Walk], answers: Sequence[Answer],
     return lines
 
 
-def _problems(report: Report, texts: Sequence[str], prompts: Sequence[str], endless: Sequence[str]) -> list[str]:
+def _problems(report: Report, texts: Sequence[str], prompts: Sequence[str], unended: Sequence[str]) -> list[str]:
     problems = []
     if texts:
         problems.append(f"{len(texts)} of {report.strings} strings become other tokens: {_first(texts)}")
@@ -279,8 +279,8 @@ def _problems(report: Report, texts: Sequence[str], prompts: Sequence[str], endl
             f"mean KL(model ‖ file) is {report.divergence:.4f} nats; {report.file_type} is bound to "
             f"{report.bound_divergence:g}"
         )
-    if endless:
-        problems.append(f"{len(endless)} of {report.answers} answers do not end: {_first(endless)}")
+    if unended:
+        problems.append(f"{len(unended)} of {report.answers} answers do not end: {_first(unended)}")
     return problems
 
 

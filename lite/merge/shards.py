@@ -17,11 +17,12 @@ from torch import Tensor
 
 from lite.errors import ExportError
 from lite.merge.stored import DTYPES
+from lite.merge.update import BLOCK
 from lite.merge.weights import Weights
 from lite.sizes import in_gib
 
 SHARD_BYTES = 5_000_000_000  # as transformers has it
-CHUNK_BYTES = 64 * 2**20
+CHUNK_BYTES = 16 * 2**20  # the allocator keeps buffers of up to 32 MiB, and hands larger ones back page by page
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
@@ -90,13 +91,14 @@ def plan(shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype
 
 
 def chunks(weights: Weights, name: str, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Tensor]:
-    """All rows of a tensor, as many at a time as have `chunk_bytes` in fp32."""
+    """All rows of a tensor, as many at a time as have `chunk_bytes` in fp32, in whole blocks of an update."""
     shape = weights.shapes[name]
     if not shape:
         yield weights.rows(name)
         return
     row_bytes = 4 * math.prod(shape[1:])
     step = max(1, chunk_bytes // max(row_bytes, 1))
+    step -= step % BLOCK if step > BLOCK else 0
     for start in range(0, shape[0], step):
         yield weights.rows(name, start, min(start + step, shape[0]))
 

@@ -1,7 +1,7 @@
 """Update: what an adapter does to one tensor of the base, for any rows of it.
 
 The same row comes out with the same bits whatever rows are asked for with it: products are made in blocks of rows that
-begin at multiples of BLOCK, and all else is one rounding an element, or a sum in fp64.
+begin at multiples of BLOCK, and all else goes element by element, or row by row.
 """
 
 from dataclasses import dataclass
@@ -68,21 +68,24 @@ class Update:
         if self.a is not None:
             self._add_product(result, start)
         if self.magnitude is not None:
-            norm = torch.linalg.vector_norm(result, dim=1, dtype=torch.float64).float()  # (rows,)
+            norm = torch.linalg.vector_norm(result, dim=1)  # (rows,)
             result.mul_((self.magnitude.rows(start, stop).float() / norm)[:, None])
         if self.bias is not None:
             result.add_(self.bias.rows(start, stop).float().mul_(self.scale))
         return result
 
     def _add_product(self, result: Tensor, start: int) -> None:
-        # left (rows, R), right (R, columns)
         stop = start + len(result)
         whole_left = self.a.rows().float().t().contiguous() if self.of_embedding else None
         right = self.b.rows().float().t().contiguous() if self.of_embedding else self.a.rows().float()
         count = self.a.shape[1] if self.of_embedding else self.b.shape[0]
-        for low in range(start // BLOCK * BLOCK, stop, BLOCK):
-            high = min(low + BLOCK, count)
-            left = self.b.rows(low, high).float() if whole_left is None else whole_left[low:high]
-            product = (left @ right).mul_(self.scale)
+        begin = start // BLOCK * BLOCK
+        end = min(-(-stop // BLOCK) * BLOCK, count)
+        left = self.b.rows(begin, end).float() if whole_left is None else whole_left[begin:end]
+        # One small buffer for all blocks: it stays in the cache, and fresh memory would take longer than the product.
+        buffer = torch.empty(min(BLOCK, end - begin), right.shape[1])
+        for low in range(begin, end, BLOCK):
+            high = min(low + BLOCK, end)
+            product = torch.mm(left[low - begin : high - begin], right, out=buffer[: high - low]).mul_(self.scale)
             first, last = max(low, start), min(high, stop)
             result[first - start : last - start].add_(product[first - low : last - low])

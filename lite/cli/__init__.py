@@ -11,6 +11,8 @@ score.py         `lite score`: a line for each row of a file, or a page
 what_if.py       `lite what-if RUN`: tables of losses and betas
 merge.py         `lite merge RUN`: a folder that is a model like any other
 export.py        `lite export SOURCE`: GGUF and other targets, with their proof
+chat.py          `lite chat NAME`: a conversation in the terminal
+serve.py         `lite serve NAME`: an OpenAI-compatible server
 session.py       the run of either, with other packages silenced
 progress.py      what is on stderr while it trains: a bar on a terminal, plain lines elsewhere
 result.py        what is on stdout when it has trained

@@ -24,6 +24,8 @@ OTHERS = {
     "plan": ("Whether a run fits, at which settings, what takes the memory, how fast: before it begins.", "plan"),
     "profile": ("The first steps of a run, measured: time by part, memory by part, the largest pack.", "profile"),
     "export": ("A run or a model as a GGUF, an Ollama model, safetensors …, compared with the model itself.", "export"),
+    "chat": ("Talk to a run, a model or a GGUF in the terminal; --compare has the base answer beside it.", "chat"),
+    "serve": ("Serve a run, a model or a GGUF to other programs, as OpenAI's API does.", "serve"),
     "precompute": ("Read the reference's log-probs of every row into the cache, without training.", "precompute"),
     "reference": ("The cache of the reference's log-probs: ls, verify, export, import, prune.", "reference"),
 }

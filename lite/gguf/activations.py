@@ -20,22 +20,29 @@ from lite.gguf.imatrix import Importance, Weighed, require_squares
 Names = Callable[[str], Iterable[str]]
 
 
-def measured(model: nn.Module, batches: Iterable[Tensor], names: Names, *, dataset: str = "") -> Importance:
+def measured(
+    model: nn.Module,
+    batches: Iterable[Tensor],
+    names: Names,
+    *,
+    dataset: str = "",
+    device: torch.device | None = None,
+) -> Importance:
     """The importance of every linear layer and stacked expert that `names` has a name for.
 
     batches (B, T) int64: token ids without padding, each row a chunk. model: as transformers makes it; a backbone
     without its head is enough, as llama-imatrix leaves the head out. names: from a weight's name in it
     (`model.layers.0.mlp.up_proj.weight`, `model.layers.0.mlp.experts.gate_up_proj`) to the tensors in GGUF that it
-    becomes; none, and it is not watched.
-    Sums are float32, on the device of their layer. Raises ExportError if no token reached a tensor, or sums overflowed.
+    becomes; none, and it is not watched. device: where it computes; None: where its weights are.
+    Sums are float32, on that device. Raises ExportError if no token reached a tensor, or sums overflowed.
     Source: IMatrixCollector::collect_imatrix in llama.cpp's tools/imatrix/imatrix.cpp.
     """
     chunks = tokens = 0
     training = model.training
     with ExitStack() as stack:
         stack.callback(model.train, training)
-        totals = _watch(model.eval(), names, stack)
-        device = next(model.parameters()).device
+        device = device or next(model.parameters()).device
+        totals = _watch(model.eval(), names, stack, device)
         with torch.no_grad():
             for ids in batches:
                 model(input_ids=ids.to(device), use_cache=False)
@@ -68,24 +75,23 @@ class _Total:
         self.counts[expert] += len(rows)
 
 
-def _watch(model: nn.Module, names: Names, stack: ExitStack) -> dict[str, _Total]:
+def _watch(model: nn.Module, names: Names, stack: ExitStack, device: torch.device) -> dict[str, _Total]:
     """Hook every module that matters until `stack` is left; the totals fill as the model runs."""
     totals: dict[str, _Total] = {}
 
-    def total(weight: str, experts: int, columns: int, device: torch.device) -> list[_Total]:
+    def total(weight: str, experts: int, columns: int) -> list[_Total]:
         # Weights that share a name, as of a fused matrix, share their inputs: sums and counts both grow.
         return [totals.setdefault(name, _Total.none(experts, columns, device)) for name in names(weight)]
 
     for name, module in model.named_modules():
         hook: Callable[[nn.Module, tuple[Any, ...]], None]
         if isinstance(module, nn.Linear):
-            watched = total(f"{name}.weight", 1, module.in_features, module.weight.device)
+            watched = total(f"{name}.weight", 1, module.in_features)
             hook = partial(_add_linear, watched)
         elif _are_experts(module):
             parts = {part: getattr(module, part) for part in ("gate_up_proj", "down_proj")}  # (E, 2 F, D), (E, D, F)
             first, second = (
-                total(f"{name}.{part}", len(stacked), stacked.shape[-1], stacked.device)
-                for part, stacked in parts.items()
+                total(f"{name}.{part}", len(stacked), stacked.shape[-1]) for part, stacked in parts.items()
             )
             watched, hook = first + second, partial(_add_experts, first, second)
         else:

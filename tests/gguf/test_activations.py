@@ -1,4 +1,7 @@
-"""Activations: the sums that hooks take are those of the inputs, by hand and as torch's own pieces give them."""
+"""Activations: the sums that hooks take are those of the inputs, by hand and as llama-imatrix records them."""
+
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from lite.errors import ExportError
 from lite.gguf.activations import measured
+from lite.gguf.imatrix import read
 from tests.architectures import tiny_config
+from tests.gguf.tiny import write_model
+
+FIXTURES = Path(__file__).parent / "fixtures"
 
 
 class Toy(nn.Module):
@@ -119,3 +126,37 @@ def test_each_expert_has_the_tokens_that_were_routed_to_it() -> None:
             np.testing.assert_allclose(weighed.sums[expert], truth.square().sum(0), rtol=1e-4, atol=1e-10)
     assert found["blk.0.ffn_down_exps.weight"].sums.shape == (4, 48)
     assert found["blk.0.ffn_up_exps.weight"].counts.sum() == 2 * 18
+
+
+def gguf_names(weight: str) -> list[str]:
+    """By hand, for Qwen3 and its mixture."""
+    names = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
+    names |= {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
+    parts = weight.split(".")
+    if parts[1] != "layers":
+        return []
+    if "experts" in parts:
+        found = {"gate_up_proj": ["ffn_gate_exps", "ffn_up_exps"], "down_proj": ["ffn_down_exps"]}[parts[-1]]
+    else:
+        found = [names[parts[-2]]]
+    return [f"blk.{parts[2]}.{name}.weight" for name in found]
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3moe"])
+def test_the_sums_are_those_of_llama_imatrix(name: str, tmp_path: Path) -> None:
+    """Of the same model and tokens (record_llama_imatrix.py), in both of its forms."""
+    model = AutoModelForCausalLM.from_pretrained(str(write_model(tmp_path, name)), dtype=torch.float32)
+    chunks = torch.tensor(json.loads((FIXTURES / f"imatrix_{name}.json").read_text()))  # (11, 32)
+    ours = measured(model, chunks.split(4), gguf_names)
+    theirs, older = read(FIXTURES / f"imatrix_{name}.gguf"), read(FIXTURES / f"imatrix_{name}.dat")
+    assert (ours.chunks, ours.chunk_tokens) == (theirs.chunks, theirs.chunk_tokens) == (11, 32)
+    assert (theirs.datasets, older.chunks, older.datasets) == (("text.txt",), 11, ("text.txt",))
+    # It watches the router too, which is never quantised.
+    assert set(ours.tensors) == {tensor for tensor in theirs.tensors if "ffn_gate_inp" not in tensor}
+    assert set(older.tensors) == set(theirs.tensors)
+    for tensor, weighed in ours.tensors.items():
+        truth = theirs.tensors[tensor]
+        assert np.array_equal(weighed.counts, truth.counts), tensor
+        np.testing.assert_allclose(weighed.sums, truth.sums, rtol=1e-4, err_msg=tensor)
+        shape = (*([len(truth.counts)] if "exps" in tensor else []), 5, truth.sums.shape[1])
+        np.testing.assert_allclose(older.columns(tensor, shape), theirs.columns(tensor, shape), rtol=1e-6)

@@ -30,10 +30,10 @@ def write(source: Source, folder: Path, progress: Progress, *, command: str = ""
             told = now
             progress.rows(now, math.ceil(total / MIB), "MiB")
 
+    companions.write(source, folder)  # first, for it takes no time and may find something missing
     files = shards.write(folder, source.weights, dtypes, advance=advance)
     config = json.dumps(source.config, indent=2, ensure_ascii=False) + "\n"
     (folder / "config.json").write_text(config, encoding="utf-8")
-    companions.write(source, folder)
     command = command or f"lite merge {source.name}"
     text = card.text(source, command, trained_with.record_of(folder))
     (folder / "README.md").write_text(text, encoding="utf-8")

@@ -64,8 +64,8 @@ def settled(
     original = source_of(name, base=base)
     if not has_two_bases(original):
         return original
-    quantised = source_of(name, base=base, onto=QUANTISED)
     try:
+        quantised = source_of(name, base=base, onto=QUANTISED)
         found = compare((original, quantised), progress)
     except (LiteError, OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not failures.out_of_memory(error):
@@ -148,6 +148,8 @@ def _judging(recipe: Recipe) -> Recipe:
 
 def _rows(source: Source, recipe: Recipe) -> list[TokenExample]:
     """The rows that the run held out. Raises ExportError if there are none, or the data is no longer the run's."""
+    if "-" in (recipe.data, recipe.eval_data):
+        raise ExportError("the run's rows came from stdin")
     data = prepare(recipe, load_tokenizer(source.files))
     if not data.held_out:
         raise ExportError("the run held out no rows")

@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from lite.data.prepare import prepare
 from lite.errors import ExportError
 from lite.loss.logps import Logps
 from lite.merge import onto
+from lite.merge.companions import load_tokenizer
 from lite.merge.onto import TRAINED, Measured
 from lite.merge.source import ORIGINAL, QUANTISED
+from lite.train.run import opened
 from tests.merge.test_source import change
 
 
@@ -89,19 +92,36 @@ def test_a_choice_is_honoured_and_where_there_is_none_nothing_is_measured(traine
         onto.settled(trained(), onto="both")
 
 
-@pytest.mark.parametrize("gone", ["file", "rows"])
+@pytest.mark.parametrize("gone", ["file", "rows", "stdin"])
 def test_rows_that_are_not_the_runs(trained: Callable[..., Path], tiny: Path, tmp_path: Path, gone: str) -> None:
-    """A file that is gone, and one that has changed: said, and it is the original."""
+    """A file that is gone, one that has changed, rows that nobody has kept: said, and it is the original."""
     run = shutil.copytree(trained(load_in_4bit=True), tmp_path / "run")
-    if gone == "file":
-        text = (run / "recipe.yaml").read_text(encoding="utf-8")
-        missing = text.replace(str(tiny / "held_out.jsonl"), str(tmp_path / "gone.jsonl"))
-        (run / "recipe.yaml").write_text(missing, encoding="utf-8")
-    else:
+    if gone == "rows":
         change(run / "identity.json", data="another")
+    else:
+        text = (run / "recipe.yaml").read_text(encoding="utf-8")
+        other = "'-'" if gone == "stdin" else str(tmp_path / "gone.jsonl")
+        (run / "recipe.yaml").write_text(text.replace(str(tiny / "held_out.jsonl"), other), encoding="utf-8")
     progress = Notes()
     source = onto.settled(run, progress=progress)
     assert (source.onto, source.compared) == (ORIGINAL, ())
     told = next(line for line in progress.said if line.startswith("not measured"))
-    assert ("cannot be read" if gone == "file" else "are not those of the run") in told
+    assert {"file": "cannot be read", "rows": "are not those of the run", "stdin": "came from stdin"}[gone] in told
     assert any("--onto quantised" in line for line in progress.said)
+
+
+def test_single_completions_with_labels(trained: Callable[..., Path], tmp_path: Path) -> None:
+    """KTO's rows have another row's completion beside their own, which is none of theirs."""
+    run = trained(method="kto", load_in_4bit=True, cache=str(tmp_path / "cache"))
+    live, _, quantised = (Measured(**one) for one in onto.settled(run).compared)
+    assert quantised.chosen_logp == pytest.approx(live.chosen_logp, abs=1e-6)
+    assert live.margin is not None
+    assert quantised.margin == pytest.approx(live.margin, rel=1e-5)
+
+
+def test_layers_that_visit_from_the_host_say_the_same(trained: Callable[..., Path], tiny: Path) -> None:
+    recipe = opened(trained(load_in_4bit=True)).model_copy(update={"load_in_4bit": False})
+    data = prepare(recipe, load_tokenizer(tiny / "model"))
+    here, there = (onto._said(recipe, data.held_out, layers, Notes()) for layers in (0, 2))
+    for name in ("chosen", "rejected"):
+        assert torch.equal(here[name].tokens, there[name].tokens)

@@ -112,7 +112,7 @@ def way_of(document: Mapping[str, Any], *, whole_tokens: bool) -> Way:
     _refuse_unknown(document)
     words = cuts(json.dumps(document["pre_tokenizer"]))
     ignores = bool(document["model"].get("ignore_merges"))
-    alike = [way for way in WAYS if _cuts_of(way) == words]
+    alike = [way for way in WAYS if words in (_cuts_of(way), _cuts_in_llama(way))]
     if not alike:
         raise ExportError(_no_way(words))
     fitting = [way for way in alike if way.ignore_merges == ignores] or (alike if whole_tokens else [])
@@ -134,11 +134,10 @@ def cuts(pre_tokenizer: str) -> list[tuple[str, ...]]:
     return [tuple(word for word, _ in made.pre_tokenize_str(probe)) for probe in PROBES]
 
 
-def same_in_llama(way: Way) -> tuple[str, ...]:
-    """The strings of `PROBES` that llama.cpp cuts as the tokenizers of a way do."""
-    regexes = tuple(regex.replace(CONTRACTIONS, ASCII_CONTRACTIONS) for regex in way.really or way.regexes)
-    really = cuts(json.dumps(way_json(replace(way, regexes=regexes))))
-    return tuple(probe for probe, there, here in zip(PROBES, really, _cuts_of(way), strict=True) if there == here)
+def same_in_llama(way: Way, document: Mapping[str, Any]) -> tuple[str, ...]:
+    """The strings of `PROBES` that llama.cpp cuts as the pre-tokenizer of a tokenizer.json does."""
+    words = cuts(json.dumps(document["pre_tokenizer"]))
+    return tuple(probe for probe, there, here in zip(PROBES, _cuts_in_llama(way), words, strict=True) if there == here)
 
 
 def way_json(way: Way) -> dict[str, Any]:
@@ -153,6 +152,12 @@ def way_json(way: Way) -> dict[str, Any]:
 @functools.cache
 def _cuts_of(way: Way) -> list[tuple[str, ...]]:
     return cuts(json.dumps(way_json(way)))
+
+
+@functools.cache
+def _cuts_in_llama(way: Way) -> list[tuple[str, ...]]:
+    regexes = tuple(regex.replace(CONTRACTIONS, ASCII_CONTRACTIONS) for regex in way.really or way.regexes)
+    return cuts(json.dumps(way_json(replace(way, regexes=regexes))))
 
 
 def _refuse_unknown(document: Mapping[str, Any]) -> None:

@@ -76,35 +76,37 @@ def add_special_tokens(
     tokenizer: TrainedTokenizer,
     config: Mapping[str, Any],
     tokens: Sequence[str],
-    *,
-    byte_level: bool,
+    stops: Sequence[int],
 ) -> None:
     """Add the merges (of a byte-level BPE), ids and flags of special tokens, and the chat template.
 
-    tokens: texts by id, as the file has them.
+    tokens: texts by id, as the file has them. stops: ids that end an answer.
     Raises ExportError where a stop token cannot be made one in llama.cpp, or other tokens than BOS and EOS stand around
     every text.
     """
     logging.getLogger("gguf.vocab").setLevel(logging.ERROR)  # it warns of what is read anew below
-    special = gguf.SpecialVocab(tokenizer.files, load_merges=byte_level, n_vocab=len(tokens))
+    by_merges = not tokenizer.document["model"].get("byte_fallback")
+    special = gguf.SpecialVocab(tokenizer.files, load_merges=by_merges, n_vocab=len(tokens))
     ids, flags = special.special_token_ids, special.add_special_token
     for kind in special.special_token_types:
         if isinstance(found := config.get(f"{kind}_token_id"), int):
             ids.setdefault(kind, found)
     _surround(tokenizer, ids, flags)
-    stops = stop_tokens(tokenizer, config)
     _make_stops(stops, ids, tokens)
     special.chat_template = _chat_template(tokenizer)
+    if (fim_pad := ids.pop("fim_pad", None)) is not None:
+        writer.add_uint32(gguf.Keys.Tokenizer.FIM_PAD_ID, fim_pad)  # gguf has no method for it
     special.add_to_gguf(writer, quiet=True)
-    if len(stops) > 1 or stops[:1] != [ids.get("eos")]:
+    if len(stops) > 1 or (stops and stops[0] != ids["eos"]):
         # llama.cpp does not read it; Ollama's own engine does, and stops at nothing else but eos_token_id.
-        writer.add_array(STOPS_KEY, stops)
+        writer.add_array(STOPS_KEY, list(stops))
 
 
 def _surround(tokenizer: TrainedTokenizer, ids: dict[str, int], flags: dict[str, bool]) -> None:
     """Let the flags say what the tokenizer really puts around a text.
 
-    Both are always written: without, llama.cpp and Ollama each have another default for each kind of tokenizer.
+    That of BOS is always written: without, llama.cpp and Ollama each have a default of their own for each kind of
+    tokenizer.
     """
     before, after = tokenizer.surroundings()
     for kind, found in (("bos", before), ("eos", after)):
@@ -114,7 +116,8 @@ def _surround(tokenizer: TrainedTokenizer, ids: dict[str, int], flags: dict[str,
                 f"{'before' if kind == 'bos' else 'after'} every text; llama.cpp can put one {kind.upper()} token "
                 f"there, which is {ids.get(kind)}. Its model cannot be written as GGUF."
             )
-        flags[kind] = bool(found)
+        if kind == "bos" or found or kind in flags:
+            flags[kind] = bool(found)
 
 
 def _make_stops(stops: Sequence[int], ids: dict[str, int], tokens: Sequence[str]) -> None:

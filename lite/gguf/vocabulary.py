@@ -7,7 +7,7 @@ SentencePiece's BPE with byte fallback ("llama": a score for each token, the bes
 import json
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from lite.gguf import pre_tokenizers
 from lite.gguf import space_prefix as space_prefixes
 from lite.gguf.probes import special_probes
 from lite.gguf.sentence_pieces import SpmTokenizer, scored_pieces
-from lite.gguf.special_tokens import add_special_tokens, looks_special, strips_spaces
+from lite.gguf.special_tokens import add_special_tokens, looks_special, stop_tokens, strips_spaces
 from lite.gguf.tokenizer import TrainedTokenizer, read_tokenizer
 
 log = logging.getLogger(__name__)
@@ -43,12 +43,19 @@ class Vocabulary:
     space_prefix: bool = False  # whether a text, and what follows a special token, begins as if after a space
 
 
-def add_vocabulary(writer: gguf.GGUFWriter, files: Path, config: Mapping[str, Any], *, rows: int | None = None) -> None:
+def add_vocabulary(
+    writer: gguf.GGUFWriter,
+    files: Path,
+    config: Mapping[str, Any],
+    *,
+    rows: int | None = None,
+    stops: Sequence[int] | None = None,
+) -> None:
     """Add all `tokenizer.*` keys: the tokenizer of the folder `files`, its special and stop tokens, its chat template.
 
     files: folder with tokenizer.json, tokenizer_config.json, generation_config.json and, if the model has one, its
     tokenizer.model. config: the model's config.json. rows: of the embedding, which there must be as many tokens as;
-    config's vocab_size if not given.
+    config's vocab_size if not given. stops: ids that end an answer; those of generation_config.json if not given.
     The keys and values are those of llama.cpp's converter, except where these would make another tokenizer of it than
     was trained with; tests/gguf/test_vocabulary.py names each.
     Raises ExportError for a tokenizer that llama.cpp has no way to be: another model than BPE, a normalizer, an unknown
@@ -69,7 +76,8 @@ def add_vocabulary(writer: gguf.GGUFWriter, files: Path, config: Mapping[str, An
         prefix = vocabulary.space_prefix
     if prefix is not None:
         writer.add_add_space_prefix(prefix)
-    add_special_tokens(writer, tokenizer, config, vocabulary.tokens, byte_level=vocabulary.kind == "gpt2")
+    stops = stop_tokens(tokenizer, config) if stops is None else stops
+    add_special_tokens(writer, tokenizer, config, vocabulary.tokens, stops)
 
 
 def same_probes(files: Path, config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -119,7 +127,7 @@ def vocabulary_of(tokenizer: TrainedTokenizer, rows: int, *, model_type: str) ->
     around = [
         entry["content"] for entry in tokenizer.added.values() if entry["special"] and entry["content"] not in wide
     ]
-    probes = (*pre_tokenizers.same_in_llama(way), *special_probes(around))
+    probes = (*pre_tokenizers.same_in_llama(way, tokenizer.document), *special_probes(around))
     return Vocabulary("gpt2", way.name, tokens, types, None, probes)
 
 

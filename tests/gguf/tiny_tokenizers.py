@@ -4,7 +4,7 @@ a few sentences, by whole numbers alone, so that the same bytes come out everywh
 import itertools
 import json
 import struct
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,36 +13,40 @@ import gguf
 import numpy as np
 from tokenizers import Tokenizer, pre_tokenizers
 
-from lite.gguf.pre_tokenizers import WAYS, way_json
 from lite.gguf.probes import CODE, CONTRACTIONS, DIGITS, EMOJI, SCRIPTS, SPACES
 
 CORPUS = (*SCRIPTS, *CODE, *DIGITS, *CONTRACTIONS, *SPACES, *EMOJI)
 MERGES = 180
-NFC = {"type": "NFC"}
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
 INST = "{{ bos_token }}{% for m in messages %}{{ '[INST] ' + m['content'] + ' [/INST]' }}{% endfor %}"
 
 
 def learnt_merges(words: Iterable[str], count: int) -> list[tuple[str, str]]:
     """The most frequent pair of neighbours, again and again, the greatest of equally frequent ones first."""
     counted = [(list(word), times) for word, times in Counter(words).items()]
+    frequency: Counter[tuple[str, str]] = Counter()
+    where: defaultdict[tuple[str, str], set[int]] = defaultdict(set)
     merges = []
+
+    def count_pairs(i: int, sign: int) -> None:
+        symbols, times = counted[i]
+        for pair in itertools.pairwise(symbols):
+            frequency[pair] += sign * times
+            where[pair].add(i)
+
+    for i in range(len(counted)):
+        count_pairs(i, 1)
     for _ in range(count):
-        pairs: Counter[tuple[str, str]] = Counter()
-        for symbols, times in counted:
-            for pair in itertools.pairwise(symbols):
-                pairs[pair] += times
-        left, right = max(pairs, key=lambda pair: (pairs[pair], pair))
+        left, right = max(frequency, key=lambda pair: (frequency[pair], pair))
         merges.append((left, right))
-        for symbols, _ in counted:
-            i = 0
-            while i < len(symbols) - 1:
-                if (symbols[i], symbols[i + 1]) == (left, right):
-                    symbols[i : i + 2] = [left + right]
-                i += 1
+        for i in where.pop((left, right)):
+            count_pairs(i, -1)
+            symbols = counted[i][0]
+            k = 0
+            while k < len(symbols) - 1:
+                if (symbols[k], symbols[k + 1]) == (left, right):
+                    symbols[k : k + 2] = [left + right]
+                k += 1
+            count_pairs(i, 1)
     return merges
 
 
@@ -189,6 +193,10 @@ def sentence_pieces(
         },
     }
     if own_model:
+        # As transformers 4 saved it, and published folders have it.
+        settings = settings | {
+            "added_tokens_decoder": {str(entry["id"]): {k: v for k, v in entry.items() if k != "id"} for entry in more}
+        }
         kinds = {text: 2 if text == "<unk>" else 3 for text in begin} | dict.fromkeys(user_defined, 4)
         write_sentencepiece_model(
             folder / "tokenizer.model",
@@ -237,7 +245,7 @@ def _write(
     model_type: str,
 ) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"model_type": model_type, "vocab_size": rows, "architectures": ["none"]}
+    config = {"model_type": model_type, "vocab_size": rows, "architectures": [f"{model_type.capitalize()}ForCausalLM"]}
     for name, content in (
         ("tokenizer.json", document),
         ("tokenizer_config.json", settings),
@@ -272,203 +280,3 @@ def write_tiny_llama(path: Path, writer_of: Any, rows: int) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def way(name: str) -> dict[str, Any]:
-    """The pre-tokenizer of tokenizer.json that the name in llama.cpp stands for."""
-    return way_json(next(one for one in WAYS if one.name == name))
-
-
-def qwen2(folder: Path) -> dict[str, Any]:
-    """Qwen 2's and 3's: NFC, no BOS, an answer ends with <|im_end|> or <|endoftext|>; rows of padding."""
-    return byte_level(
-        folder,
-        way("qwen2"),
-        normalizer=NFC,
-        settings={
-            "tokenizer_class": "Qwen2Tokenizer",
-            "eos_token": "<|im_end|>",
-            "pad_token": "<|endoftext|>",
-            "add_bos_token": False,
-        },
-        stops=("<|im_end|>", "<|endoftext|>"),
-        template=CHATML,
-        rows=512,
-        model_type="qwen2",
-    )
-
-
-def llama3(folder: Path) -> dict[str, Any]:
-    """Llama 3's: ignore_merges, BOS before every text, EOS of texts and of turns."""
-    begin, end, turn = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"
-    return byte_level(
-        folder,
-        way("llama-bpe"),
-        special=(begin, end, turn, "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>"),
-        ordinary=(),
-        settings={"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": begin, "eos_token": end},
-        stops=(end, "<|eom_id|>", turn),
-        bos=begin,
-        ignore_merges=True,
-        template="{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['content'] }}<|eot_id|>{% endfor %}",
-    )
-
-
-def gpt2(folder: Path) -> dict[str, Any]:
-    """GPT-2's: the regex is ByteLevel's own; a stop token that llama.cpp does not know by its text."""
-    return byte_level(
-        folder,
-        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
-        special=("<|endoftext|>", "<END_ANSWER>", "<END_TOOL>"),
-        settings={"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"},
-        stops=("<END_ANSWER>", "<END_TOOL>"),
-    )
-
-
-def smollm(folder: Path) -> dict[str, Any]:
-    """SmolLM's: digits one by one, then GPT-2's regex."""
-    digits = {"type": "Digits", "individual_digits": True}
-    last = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    return byte_level(
-        folder,
-        {"type": "Sequence", "pretokenizers": [digits, last]},
-        settings={"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "bos_token": "<|im_start|>"},
-        stops=("<|im_end|>",),
-        template=CHATML,
-    )
-
-
-def tekken(folder: Path) -> dict[str, Any]:
-    """Mistral's since NeMo: cased words, ignore_merges, BOS."""
-    return byte_level(
-        folder,
-        way("tekken"),
-        special=("<unk>", "<s>", "</s>", "[INST]", "[/INST]"),
-        ordinary=(),
-        settings={"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"},
-        stops=("</s>",),
-        bos="<s>",
-        ignore_merges=True,
-        template=INST,
-    )
-
-
-def gpt4o(folder: Path) -> dict[str, Any]:
-    """GPT-4o's, which Phi-4-mini has."""
-    return byte_level(
-        folder,
-        way("gpt-4o"),
-        special=("<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>"),
-        ordinary=(),
-        settings={
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": "<|endoftext|>",
-            "bos_token": "<|endoftext|>",
-        },
-        stops=("<|end|>", "<|endoftext|>"),
-    )
-
-
-def cl100k(folder: Path) -> dict[str, Any]:
-    """Phi-4's: GPT-4's regex with possessive quantifiers and without `+` behind the newline, Llama 3's words."""
-    regex = (
-        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
-    )
-    split = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Removed", "invert": True}
-    last = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    return byte_level(
-        folder,
-        {"type": "Sequence", "pretokenizers": [split, last]},
-        settings={"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|im_end|>", "bos_token": "<|endoftext|>"},
-        model_type="phi3",
-        stops=("<|im_end|>",),
-        template=CHATML,
-    )
-
-
-PREPEND = {
-    "type": "Sequence",
-    "normalizers": [
-        {"type": "Prepend", "prepend": "▁"},
-        {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-    ],
-}
-LLAMA2 = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-
-
-def llama2(folder: Path) -> dict[str, Any]:
-    """Llama 2's and Mistral 0.1's with their tokenizer.model, a space before each piece of text (legacy)."""
-    return sentence_pieces(
-        folder,
-        settings=LLAMA2 | {"tokenizer_class": "LlamaTokenizer", "legacy": True},
-        normalizer=PREPEND,
-        own_model=True,
-    )
-
-
-def llama2_saved(folder: Path) -> dict[str, Any]:
-    """The same as transformers 5 saves it: no tokenizer.model, no template."""
-    return sentence_pieces(
-        folder,
-        settings=LLAMA2 | {"tokenizer_class": "LlamaTokenizer", "legacy": True},
-        normalizer=PREPEND,
-        template=None,
-        special=[added("<|im_end|>", 0), added("<note>", 0, special=False)],
-        rows=1024,
-    )
-
-
-def mistral3(folder: Path) -> dict[str, Any]:
-    """Mistral 0.3's: a space before a text only, none behind a special token."""
-    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
-    return sentence_pieces(
-        folder,
-        settings=LLAMA2 | {"tokenizer_class": "LlamaTokenizer", "legacy": False},
-        pre_tokenizer=metaspace,
-        special=[added("[INST]", 0), added("[/INST]", 0)],
-        model_type="mistral",
-    )
-
-
-def gemma(folder: Path) -> dict[str, Any]:
-    """Gemma's: no space before a text, runs of spaces and newlines are added tokens."""
-    runs = [*("▁" * n for n in range(2, 9)), *("\n" * n for n in range(2, 5))]
-    return sentence_pieces(
-        folder,
-        settings={
-            "tokenizer_class": "GemmaTokenizer",
-            "unk_token": "<unk>",
-            "bos_token": "<bos>",
-            "eos_token": "<eos>",
-            "pad_token": "<pad>",
-        },
-        begin=("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>", "<unused0>"),
-        user_defined=runs,
-        normalizer={"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-        pre_tokenizer={"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False},
-        bos="<bos>",
-        stops=("<eos>", "<end_of_turn>"),
-        template="{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m['content'] }}<end_of_turn>\n{% endfor %}",
-        model_type="gemma2",
-        own_model=True,
-    )
-
-
-def phi3(folder: Path) -> dict[str, Any]:
-    """Phi-3's: spaces behind a special token belong to it; ordinary added tokens."""
-    roles = [added(token, 0, rstrip=True) for token in ("<|user|>", "<|assistant|>", "<|end|>", "<|placeholder1|>")]
-    return sentence_pieces(
-        folder,
-        settings=LLAMA2 | {"tokenizer_class": "LlamaTokenizer", "legacy": False, "eos_token": "<|endoftext|>"},
-        normalizer=PREPEND,
-        special=[added("<|endoftext|>", 0), *roles],
-        stops=("<|end|>", "<|endoftext|>", "<|assistant|>"),
-        template="{% for m in messages %}<|user|>\n{{ m['content'] }}<|end|>\n{% endfor %}<|assistant|>\n",
-        model_type="phi3",
-        stripping=["</s>"],
-        own_model=True,
-    )
-
-
-BYTE_LEVEL = {make.__name__: make for make in (qwen2, llama3, gpt2, smollm, tekken, gpt4o, cl100k)}
-SENTENCE_PIECES = {make.__name__: make for make in (llama2, llama2_saved, mistral3, gemma, phi3)}

@@ -27,7 +27,7 @@ from lite.merge.companions import stop_tokens
 from lite.merge.source import Source
 from lite.train.progress import Progress, Quiet
 
-TOP = 512  # tokens of the file's distribution that are compared one by one; the rest as one
+TOP = 256  # tokens of the file's distribution that are compared one by one; the rest as one
 POSITIONS_EACH = 20  # of one prompt, at which distributions are compared
 TIE = 0.05  # nats: a token that the model holds so close to its likeliest is as good; bf16 logits are no finer
 ANSWER_TOKENS = 64  # within which an answer has to end, where the model ends it

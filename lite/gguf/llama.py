@@ -26,6 +26,7 @@ from lite.errors import ExportError
 LOOPBACK = "127.0.0.1"
 CONTEXT = 4096  # tokens
 PARALLEL = 4  # requests answered at once; they share the context's memory
+SMALL_BYTES = 64 * 2**20  # a file's, up to which one thread is faster than several that wait for each other
 SILENT, ERRORS = 0, 1  # llama.cpp's verbosity
 PROMPTS = 32  # of one request
 
@@ -158,9 +159,10 @@ def running(
 ) -> Iterator[Llama]:
     """The file, loaded and served while this is open.
 
-    context: tokens, of all requests under way together. lora: GGUF adapters to put on. api_keys: None makes one that
-    nobody else knows; an empty sequence asks for none. port: 0 takes a free one. name: of the model in /v1/models.
-    Raises ExportError in llama.cpp's words if the file cannot be loaded or the port not be had.
+    context: tokens, of all requests under way together. threads: None takes all cores, of a small file one. lora: GGUF
+    adapters to put on. api_keys: None makes one that nobody else knows; an empty sequence asks for none. port: 0 takes
+    a free one. name: of the model in /v1/models. Raises ExportError in llama.cpp's words if the file cannot be loaded
+    or the port not be had.
     """
     own = [secrets.token_hex(16)] if api_keys is None else list(api_keys)
     server = _started(path, context, parallel, threads, lora=lora, keys=own, where=(host, port), name=name or path.stem)
@@ -195,6 +197,8 @@ def _started(
     params.n_ctx, params.n_parallel, params.kv_unified = context, parallel, True
     params.fit_params = False  # or it would load the model twice, to shrink what was asked for
     params.warmup = False
+    if threads is None and path.stat().st_size <= SMALL_BYTES:
+        threads = 1
     if threads is not None:
         params.cpuparams.n_threads = threads
     params.hostnames, params.port = [where[0]], where[1]

@@ -5,6 +5,7 @@ tokenizer is in its name, so that whatever changes is exported anew; an older on
 """
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,9 +41,9 @@ def exported(name: str, *, base: str | None = None, check: bool = True, progress
         return final, source.name
     progress.stage(f"exporting {source.name} to {TYPE.name}, once")
     source = settled(name, base=base, onto=AUTO, progress=progress)
-    unproved = folder / f".{final.stem}.{os.getpid()}.gguf"
+    unproved = folder / f".{os.getpid()}" / final.name
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        unproved.parent.mkdir(parents=True, exist_ok=True)
         write(source, {TYPE: unproved}, progress=progress)
         if check:
             _require_sound(unproved, source, progress)
@@ -50,7 +51,7 @@ def exported(name: str, *, base: str | None = None, check: bool = True, progress
     except OSError as error:
         raise ExportError(f"{final}: cannot be written: {error.strerror or error}. Make room there.") from error
     finally:
-        unproved.unlink(missing_ok=True)
+        shutil.rmtree(unproved.parent, ignore_errors=True)
     for older in folder.glob(f"{source.name}-{TYPE.name}-*.gguf"):
         if older != final and len(older.stem) == len(final.stem):
             older.unlink(missing_ok=True)

@@ -6,8 +6,8 @@ is read of it, and rows are read into buffers of their own: pages of a mapped fi
 
 import json
 import math
-import os
 import pickle
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,21 +122,24 @@ def _tensors(path: Path, begin: int, size: int, header: dict) -> tuple[dict[str,
 def torch_file(path: Path) -> tuple[dict[str, Stored], list[str]]:
     """The tensors of a file that torch.save wrote, none of them read, and what is wrong with it."""
     advice = "write it anew with `model.save_pretrained(FOLDER)`, which makes safetensors"
+    if not zipfile.is_zipfile(path):
+        return {}, [f"{path.name}: cut, or written by a torch before 1.6; fetch it again, or {advice}"]
     try:
         # Fake tensors have no memory; torch notes in their storages where the bytes begin in the file.
         with FakeTensorMode():
             tensors = torch.load(path, map_location="cpu", weights_only=True)
-        found, problems = {}, []
-        for name, tensor in tensors.items():
-            if not tensor.is_contiguous():
-                problems.append(f"{path.name}: {name} is stored in another order than row by row; {advice}")
-            offset = tensor.untyped_storage()._checkpoint_offset + tensor.storage_offset() * tensor.itemsize
-            found[name] = Stored(path, offset, tensor.dtype, tuple(tensor.shape))
-    except (OSError, RuntimeError, EOFError, AttributeError, pickle.UnpicklingError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return {}, [f"{path.name}: cannot be read as tensors alone ({first}); {advice}"]
-    size = os.stat(path).st_size
-    problems += [
-        f"{path.name}: {name} ends beyond the file" for name, one in found.items() if one.offset + one.nbytes > size
-    ]
+    except pickle.UnpicklingError:
+        return {}, [f"{path.name}: holds Python objects other than tensors, which are not loaded unasked; {advice}"]
+    except (OSError, RuntimeError, ValueError) as error:
+        return {}, [f"{path.name}: cannot be read ({str(error).splitlines()[0]}); fetch it again, or {advice}"]
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        return {}, [f"{path.name}: no dictionary of tensors; {advice}"]
+    found, problems, size = {}, [], path.stat().st_size
+    for name, tensor in tensors.items():
+        if not tensor.is_contiguous():
+            problems.append(f"{path.name}: {name} is stored in another order than row by row; {advice}")
+        offset = tensor.untyped_storage()._checkpoint_offset + tensor.storage_offset() * tensor.itemsize
+        found[name] = Stored(path, offset, tensor.dtype, tuple(tensor.shape))
+        if offset + tensor.nbytes > size:
+            problems.append(f"{path.name}: {name} ends beyond the file")
     return found, problems

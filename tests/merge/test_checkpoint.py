@@ -190,6 +190,26 @@ def test_what_is_broken_is_told(tmp_path: Path, break_it: Callable[[Path], None]
         assert re.search(pattern, str(caught.value)), str(caught.value)
 
 
+def test_torch_files_that_are_not_read(tmp_path: Path) -> None:
+    """Each with how to make safetensors of it."""
+    path, tensors = tmp_path / "pytorch_model.bin", {"x": torch.ones(300, 2)}
+    for written, told in (
+        ({"x": torch.ones(2, 3).t()}, "x is stored in another order than row by row"),
+        ({"x": tmp_path}, "holds Python objects other than tensors"),
+        ({"model": tensors}, "no dictionary of tensors"),
+    ):
+        torch.save(written, path)
+        with pytest.raises(ExportError, match=rf"{told}.*`model.save_pretrained\(FOLDER\)`"):
+            Checkpoint.open(tmp_path)
+    torch.save(tensors, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(ExportError, match=r"cut, or written by a torch before 1\.6"):
+        Checkpoint.open(tmp_path)
+    torch.save(tensors, path)
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(ExportError, match=r"pytorch_model\.bin: c"):
+        Checkpoint.open(tmp_path)
+
+
 def test_all_that_is_broken_is_told_at_once(tmp_path: Path) -> None:
     write_sharded(tmp_path)
     cut(tmp_path)

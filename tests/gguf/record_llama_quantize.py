@@ -10,7 +10,7 @@ Building the program, from the source package of llama-cpp-python (or of xllamac
     cmake --build build --target llama-quantize -j
 
 The choices come from --dry-run over files that have a header and, for data, a hole: a 70B model takes no disk. The
-bytes come from a real run on a small model whose weights are integer arithmetic, so that any machine makes the same.
+bytes come from real runs on small models whose weights are integer arithmetic, so that any machine makes the same.
 """
 
 import gzip
@@ -29,6 +29,7 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Kind
 
+from lite.gguf.imatrix import Importance, Weighed, write
 from lite.gguf.types import FILE_TYPES
 from lite.model.catalog import CATALOG, Shape
 
@@ -151,26 +152,19 @@ def sparse_file(path: Path, shape: Shape) -> None:
         file.truncate(-(-path.stat().st_size // 32) * 32 + data_bytes)
 
 
-def importance_file(path: Path, columns: dict[str, int]) -> None:
-    """Write an importance matrix: for each name, column c is weighed 1 + c % 7, of four tokens."""
-    writer = gguf.GGUFWriter(path, "")
-    writer.kv_data[0].clear()
-    writer.add_type("imatrix")
-    writer.add_array("imatrix.datasets", ["made of arithmetic"])
-    writer.add_uint32("imatrix.chunk_count", 1)
-    writer.add_uint32("imatrix.chunk_size", 4)
-    for name, width in columns.items():
-        writer.add_tensor(f"{name}.in_sum2", 4 * weighed(width)[None])
-        writer.add_tensor(f"{name}.counts", np.full((1, 1), 4, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+def importance_file(path: Path, shapes: dict[str, list[int]]) -> None:
+    """Write an importance matrix of four tokens, weighed as `weighed` says, with the writer that is to be tried."""
+    tensors = {name: Weighed(4 * weighed(shape), np.full(_experts(shape), 4)) for name, shape in shapes.items()}
+    write(Importance(tensors, chunks=1, chunk_tokens=4, datasets=("made of arithmetic",)), path)
 
 
-def weighed(columns: int) -> np.ndarray:
-    """The importance of each column of the small model: (columns,) float32."""
-    return (1 + np.arange(columns) % 7).astype(np.float32)
+def _experts(shape: list[int]) -> int:
+    return shape[0] if len(shape) == 3 else 1
+
+
+def weighed(shape: list[int]) -> np.ndarray:
+    """The importance of a small model's columns: 1 + (c + 3 e) % 7 of column c of expert e; (E, columns) float32."""
+    return (1 + (np.arange(shape[-1]) + 3 * np.arange(_experts(shape))[:, None]) % 7).astype(np.float32)
 
 
 def arithmetic_rows(name: str, rows: int, columns: int) -> np.ndarray:
@@ -187,22 +181,28 @@ def arithmetic_rows(name: str, rows: int, columns: int) -> np.ndarray:
     return (total.astype(np.float32) / np.float32(8192)).reshape(rows, columns)
 
 
-SMALL = Shape("", "qwen3", 1, 256, 256, 2, 1, 64, 64)
+SMALL = {
+    "dense": Shape("", "qwen3", 1, 256, 256, 2, 1, 64, 64),
+    "experts": Shape("", "qwen3_moe", 1, 256, 256, 2, 1, 64, 64, experts=2, experts_per_token=1),
+}
+SMALL_TYPES = {"dense": list(FILE_TYPES), "experts": ["q8_0", "q4_k_m", "q2_k_s", "iq4_xs"]}
 
 
-def small_file(path: Path) -> dict[str, np.ndarray]:
-    """Write the small F32 model and return its matrices."""
-    writer = header(path, SMALL)
-    matrices = {}
-    for name, shape in tensors(SMALL).named(SMALL.layers):
-        rows = arithmetic_rows(name, *shape) if len(shape) == 2 else np.ones(shape, np.float32)
-        matrices |= {name: rows} if len(shape) == 2 else {}
-        writer.add_tensor(name, rows)
+def small_matrices(shape: Shape) -> dict[str, list[int]]:
+    """Those tensors of a small model that are quantised."""
+    return {name: sides for name, sides in tensors(shape).named(shape.layers) if is_matrix(name, sides)}
+
+
+def small_file(path: Path, shape: Shape) -> None:
+    """Write a small model in F32."""
+    writer = header(path, shape)
+    for name, sides in tensors(shape).named(shape.layers):
+        made = arithmetic_rows(name, int(np.prod(sides[:-1])), sides[-1]) if len(sides) > 1 else np.ones(sides[0])
+        writer.add_tensor(name, made.astype(np.float32).reshape(sides))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return matrices
 
 
 def run(*arguments: object) -> str:
@@ -217,7 +217,7 @@ def choices(program: Path, folder: Path, shape: Shape) -> dict[str, Any]:
     """One model's facts, tensors, and by file type the type of each tensor, a letter each."""
     model, imatrix = folder / "model.gguf", folder / "imatrix.gguf"
     sparse_file(model, shape)
-    importance_file(imatrix, {"blk.0.attn_q.weight": shape.hidden_size})
+    importance_file(imatrix, {"blk.0.attn_q.weight": [1, shape.hidden_size]})
     chosen: dict[str, str] = {}
     for name, file_type in FILE_TYPES.items():
         if not file_type.quantised:
@@ -242,16 +242,17 @@ def parsed(printed: str, shape: Shape) -> str:
     return "".join(chr(65 + Kind[found[name].upper()]) for name in names)
 
 
-def written(program: Path, folder: Path) -> dict[str, dict[str, str]]:
-    """By file type, the SHA-256 of each matrix that the program quantised of the small model."""
+def written(program: Path, folder: Path, small: str) -> dict[str, dict[str, str]]:
+    """By file type, the type and SHA-256 of each matrix that the program quantised of a small model."""
     model, imatrix, out = folder / "small.gguf", folder / "imatrix.gguf", folder / "out.gguf"
-    matrices = small_file(model)
-    importance_file(imatrix, {name: rows.shape[1] for name, rows in matrices.items() if name.startswith("blk.")})
+    shape = SMALL[small]
+    matrices = small_matrices(shape)
+    small_file(model, shape)
+    importance_file(imatrix, {name: sides for name, sides in matrices.items() if name.startswith("blk.")})
     digests: dict[str, dict[str, str]] = {}
-    for name in FILE_TYPES:
+    for name in SMALL_TYPES[small]:
         for suffix, options in (("", ()), (" imatrix", ("--imatrix", imatrix))):
-            needs = name.startswith("iq2") or name in ("q2_k_s", "iq3_xxs", "iq3_xs")
-            if needs and not suffix:
+            if not suffix and "needs an importance matrix" in FILE_TYPES[name].about:
                 continue
             run(program, *options, model, out, name, 2)
             read = {tensor.name: tensor for tensor in gguf.GGUFReader(out).tensors}
@@ -269,7 +270,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         recorded = {
             "models": {name: choices(program, Path(folder), shape) for name, shape in shapes.items()},
-            "written": written(program, Path(folder)),
+            "written": {small: written(program, Path(folder), small) for small in SMALL},
         }
     FIXTURE.parent.mkdir(exist_ok=True)
     text = json.dumps(recorded, separators=(",", ":")).encode()

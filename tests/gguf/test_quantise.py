@@ -20,7 +20,7 @@ from lite.errors import ExportError
 from lite.gguf import quantise as room
 from lite.gguf.quantise import NEEDS_IMPORTANCE, Quantiser, RowError, dequantise, row_bytes
 from lite.gguf.types import FILE_TYPES
-from tests.gguf.record_llama_quantize import SMALL, arithmetic_rows, tensors, weighed
+from tests.gguf.record_llama_quantize import SMALL, arithmetic_rows, small_matrices, weighed
 
 FIXTURE = Path(__file__).parent / "fixtures" / "llama_quantize.json.gz"
 WRITTEN = json.loads(gzip.decompress(FIXTURE.read_bytes()))["written"]
@@ -85,16 +85,25 @@ def test_halves_are_rounded_as_torch_rounds(one: Quantiser) -> None:
         assert np.array_equal(one.quantise(rows, kind), truth)
 
 
-@pytest.mark.parametrize("key", slow_if_lattice({key: " ".join(types.values()) for key, types in WRITTEN.items()}))
-def test_bytes_are_those_of_llama_quantize(one: Quantiser, key: str) -> None:
-    """Of every matrix of a small F32 model, with an importance matrix and without."""
-    matrices = {name: shape for name, shape in tensors(SMALL).named(SMALL.layers) if len(shape) == 2}
-    assert set(WRITTEN[key]) == set(matrices)
-    for name, (rows, columns) in matrices.items():
-        kind, truth = WRITTEN[key][name].split()
-        weights = weighed(columns) if key.endswith(" imatrix") and name.startswith("blk.") else None
-        ours = one.quantise(arithmetic_rows(name, rows, columns), Kind[kind], weights)
-        assert hashlib.sha256(ours.tobytes()).hexdigest() == truth, f"{name} as {kind}"
+@pytest.mark.parametrize(
+    "case",
+    slow_if_lattice(
+        {f"{small} {key}": " ".join(WRITTEN[small][key].values()) for small in SMALL for key in WRITTEN[small]}
+    ),
+)
+def test_bytes_are_those_of_llama_quantize(one: Quantiser, case: str) -> None:
+    """Of every matrix of small F32 models, with an importance matrix and without; each expert has its own columns."""
+    small, _, key = case.partition(" ")
+    matrices = small_matrices(SMALL[small])
+    assert set(WRITTEN[small][key]) == set(matrices)
+    for name, shape in matrices.items():
+        kind, truth = WRITTEN[small][key][name].split()
+        rows = arithmetic_rows(name, math.prod(shape[:-1]), shape[-1]).reshape(-1, *shape[-2:])  # (E, rows, columns)
+        weights = list(weighed(shape)) if key.endswith(" imatrix") and name.startswith("blk.") else [None] * len(rows)
+        ours = b"".join(
+            one.quantise(part, Kind[kind], weight).tobytes() for part, weight in zip(rows, weights, strict=True)
+        )
+        assert hashlib.sha256(ours).hexdigest() == truth, f"{name} as {kind}"
 
 
 @pytest.mark.parametrize("name", slow_if_lattice({kind.name: kind.name for kind in KINDS}))

@@ -81,10 +81,11 @@ class GgufFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # Closing flushes, which on a full disk fails once more.
+        # Closing flushes, which on a full disk fails once more; the folder may be none.
         with contextlib.suppress(OSError):
             self._writer.close()
-        self._unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self._unfinished.unlink()
 
     def append(self, data: np.ndarray) -> None:
         """The next bytes of the tensor that is being written, or the first of the next: C-contiguous, any dtype."""

@@ -4,7 +4,7 @@ Names, licence, base models and sampling settings are read from the model's card
 the gguf package, as llama.cpp's converter has it do.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from math import prod
 from pathlib import Path
@@ -12,6 +12,7 @@ from pathlib import Path
 import gguf
 
 from lite.gguf.file import Stored
+from lite.gguf.special_tokens import fitting_name
 from lite.gguf.types import FileType
 from lite.merge.source import Source
 
@@ -27,7 +28,8 @@ def add_general(writer: gguf.GGUFWriter, source: Source, tensors: Sequence[Store
         )
         sampling = {field.name for field in fields(found) if field.name.startswith("sampling_")}
         found = replace(named, **{name: getattr(found, name) for name in sampling})
-    found.name = found.name or source.name
+    # llama.cpp takes a model for a Phi-3 by its name, and aborts where that is wrong.
+    found.name = fitting_name(found.name or source.name, source.files)
     if source.base_name is not None and source.adapter is not None and not found.base_models:
         organization, _, name = source.base_name.rpartition("/")
         found.base_models = [{"name": name} | ({"organization": organization} if organization else {})]
@@ -41,6 +43,12 @@ def add_general(writer: gguf.GGUFWriter, source: Source, tensors: Sequence[Store
 def add_file_type(writer: gguf.GGUFWriter, file_type: FileType) -> None:
     """`general.file_type`."""
     writer.add_file_type(file_type.value)
+
+
+def add_importance(writer: gguf.GGUFWriter, keys: Mapping[str, str | int]) -> None:
+    """What llama-quantize notes of an importance matrix: `Importance.keys`."""
+    for name, value in keys.items():
+        writer.add_string(name, value) if isinstance(value, str) else writer.add_uint32(name, value)
 
 
 def counts(tensors: Sequence[Stored]) -> tuple[int, int, int, int]:

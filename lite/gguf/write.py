@@ -23,7 +23,8 @@ from lite.errors import ExportError
 from lite.gguf import mixtures
 from lite.gguf.architectures import numbers, table
 from lite.gguf.file import GgufFile, Stored, check_space
-from lite.gguf.metadata import add_file_type, add_general
+from lite.gguf.imatrix import Importance
+from lite.gguf.metadata import add_file_type, add_general, add_importance
 from lite.gguf.planned import Planned, Reader
 from lite.gguf.quantise import Quantiser, RowError
 from lite.gguf.types import FileType
@@ -60,31 +61,34 @@ def write(
     source: Source,
     outputs: Mapping[FileType, Path],
     *,
-    importance: Any | None = None,
+    importance: Importance | None = None,
+    importance_name: str = "imatrix.gguf",
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write the model as a GGUF file of each type; all of them get their names, or none does.
 
-    importance: weights of columns by the file's tensor names; threads: None for all cores. Returns `tensors`,
-    `parameters`, `seconds`, `left_out` (tensor → why) and by file type's name `files`: `path`, `bytes`, and `types`
-    (type → tensors).
+    importance: of the columns of each tensor; importance_name: of its file, noted in these. threads: None for all
+    cores. Returns `tensors`, `parameters`, `seconds`, `left_out` (tensor → why) and `files`, by the name of the type:
+    `path`, `bytes`, and `types` (type → tensors).
     Raises ExportError for a model that llama.cpp does not run as it is, weights that are missing, unknown, NaN or
     infinite, numbers that a type cannot hold, and a disk that is full.
     """
     began_s = time.monotonic()
     progress = progress or Quiet()
+    _refuse_one_path(outputs)
     planned, keys = describe(source)
-    for name, reason in _summed(planned.left_out).items():
-        progress.note(f"left out: {name}, {reason}")
+    for note in (*_summed(planned.left_out), *planned.architecture.notes(planned.config)):
+        progress.note(note)
+    if importance is not None:
+        importance.check({tensor.name: tensor.shape for tensor in planned.tensors})
     model = model_of(planned)
     kinds = {file_type: _kinds(planned.tensors, model, file_type, importance) for file_type in outputs}
     with ExitStack() as stack:
         files = {}
         for file_type, path in outputs.items():
-            writer = gguf.GGUFWriter(None, planned.architecture.name)
-            writer.kv_data = [dict(keys.kv_data[0])]
-            add_file_type(writer, file_type)
+            noted = importance.keys(importance_name) if importance is not None and file_type.quantised else {}
+            writer = _writer(planned, keys, file_type, noted)
             stored = [Stored(tensor.name, tensor.shape, kinds[file_type][tensor.name]) for tensor in planned.tensors]
             files[file_type] = stack.enter_context(GgufFile(path, writer, stored))
         check_space(list(files.values()))
@@ -93,22 +97,34 @@ def write(
         sizes = {file_type: file.sync() for file_type, file in files.items()}
         for file in files.values():
             file.publish()
-    for file_type, path in outputs.items():
-        log.info("wrote %s: %s", path, in_gib(sizes[file_type]))
+    figures = {
+        file_type.name: {
+            "path": str(path),
+            "bytes": sizes[file_type],
+            "types": dict(Counter(kind.name for kind in kinds[file_type].values())),
+        }
+        for file_type, path in outputs.items()
+    }
+    for found in figures.values():
+        log.info("wrote %s: %s", found["path"], in_gib(found["bytes"]))
     return {
         "tensors": len(planned.tensors),
         "parameters": sum(tensor.rows * tensor.columns for tensor in planned.tensors),
         "seconds": time.monotonic() - began_s,
         "left_out": dict(planned.left_out),
-        "files": {
-            file_type.name: {
-                "path": str(path),
-                "bytes": sizes[file_type],
-                "types": dict(Counter(kind.name for kind in kinds[file_type].values())),
-            }
-            for file_type, path in outputs.items()
-        },
+        "files": figures,
     }
+
+
+def _writer(
+    planned: table.Plan, keys: gguf.GGUFWriter, file_type: FileType, noted: Mapping[str, str | int]
+) -> gguf.GGUFWriter:
+    """A writer of every key of one file."""
+    writer = gguf.GGUFWriter(None, planned.architecture.name)
+    writer.kv_data = [dict(keys.kv_data[0])]
+    add_file_type(writer, file_type)
+    add_importance(writer, noted)
+    return writer
 
 
 def describe(source: Source) -> tuple[table.Plan, gguf.GGUFWriter]:
@@ -138,8 +154,15 @@ def model_of(planned: table.Plan) -> mixtures.Model:
     )
 
 
+def _refuse_one_path(outputs: Mapping[FileType, Path]) -> None:
+    paths = [Path(path).absolute() for path in outputs.values()]
+    twice = sorted({str(path) for path in paths if paths.count(path) > 1})
+    if twice:
+        raise ExportError(f"Several types are to be written to one file, {', '.join(twice)}: give each its own.")
+
+
 def _kinds(
-    tensors: Sequence[Planned], model: mixtures.Model, file_type: FileType, importance: Any | None
+    tensors: Sequence[Planned], model: mixtures.Model, file_type: FileType, importance: Importance | None
 ) -> dict[str, Kind]:
     kinds = {}
     for tensor in tensors:
@@ -158,7 +181,7 @@ def _fill(
     files: Mapping[FileType, GgufFile],
     kinds: Mapping[FileType, Mapping[str, Kind]],
     quantiser: Quantiser,
-    importance: Any | None,
+    importance: Importance | None,
     progress: Progress,
 ) -> None:
     """Append every tensor to every file."""
@@ -212,38 +235,47 @@ def _read_ahead(
 
 
 def _encoded(
-    rows: _Rows, chunk: _Chunk, kind: Kind, dtype: torch.dtype, quantiser: Quantiser, importance: Any | None
+    rows: _Rows, chunk: _Chunk, kind: Kind, dtype: torch.dtype, quantiser: Quantiser, importance: Importance | None
 ) -> np.ndarray:
     """The rows as the file holds them."""
     if kind == _NATIVE.get(dtype):
         return rows.native.contiguous().view(torch.uint8).numpy()
-    try:
-        return quantiser.quantise(rows.floats.numpy(), kind, None)
-    except RowError as error:
-        raise _unfit(chunk, error.row, f"{error.reason}") from None
+    floats = rows.floats.numpy()
+    weighed = importance is not None and kind not in _NATIVE.values() and chunk.tensor.name in importance
+    whole = [(chunk.start, chunk.stop, None)]
+    tensor = chunk.tensor
+    made = []
+    for start, stop, weights in (
+        importance.stretches(tensor.name, tensor.shape, chunk.start, chunk.stop) if weighed else whole
+    ):
+        try:
+            made.append(quantiser.quantise(floats[start - chunk.start : stop - chunk.start], kind, weights))
+        except RowError as error:
+            raise _unfit(tensor, start + error.row, error.reason) from None
+    return made[0] if len(made) == 1 else np.concatenate(made)
 
 
 def _require_finite(rows: Tensor, chunk: _Chunk) -> None:
     finite = torch.isfinite(rows).all(-1)  # (n,)
     if not finite.all():
-        raise _unfit(chunk, int(finite.int().argmin()), "holds NaN or infinity")
+        raise _unfit(chunk.tensor, chunk.start + int(finite.int().argmin()), "holds NaN or infinity")
 
 
-def _unfit(chunk: _Chunk, row: int, reason: str) -> ExportError:
-    sources = sorted({piece.tensor for piece in chunk.tensor.pieces})
+def _unfit(tensor: Planned, row: int, reason: str) -> ExportError:
+    sources = sorted({piece.tensor for piece in tensor.pieces})
     origin = sources[0] if len(sources) == 1 else f"{sources[0]} and {len(sources) - 1} more"
     return ExportError(
-        f"{chunk.tensor.name} (of {origin}): row {chunk.start + row} {reason}.\n"
+        f"{tensor.name} (of {origin}): row {row} {reason}.\n"
         "Expected finite weights that the type can hold: look whether training diverged, or take bf16 or f32."
     )
 
 
-def _summed(left_out: Mapping[str, str]) -> dict[str, str]:
-    """Reason by name, many tensors of one reason in one line."""
+def _summed(left_out: Mapping[str, str]) -> list[str]:
+    """A line for each reason."""
     by_reason: dict[str, list[str]] = {}
     for name, reason in left_out.items():
         by_reason.setdefault(reason, []).append(name)
-    return {
-        names[0] if len(names) == 1 else f"{len(names)} tensors such as {names[0]}": reason
+    return [
+        f"left out: {names[0] if len(names) == 1 else f'{len(names)} tensors such as {names[0]}'}, {reason}"
         for reason, names in by_reason.items()
-    }
+    ]

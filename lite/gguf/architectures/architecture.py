@@ -23,4 +23,6 @@ class Architecture:
     numbers: Callable[[gguf.GGUFWriter, Config], None]  # adds the keys of the architecture
     # What config.json asks for that llama.cpp does not do: a line each.
     refuses: Callable[[Config], Iterable[str]]
+    # What of the model llama.cpp does otherwise in some texts only: a line each, said and not refused.
+    notes: Callable[[Config], Iterable[str]] = lambda _: ()
     own_head: bool = True  # whether the file may hold a head that is not the embedding

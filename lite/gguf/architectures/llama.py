@@ -78,4 +78,5 @@ LLAMA = Architecture(
     tensors=_tensors,
     numbers=_numbers,
     refuses=_refuses,
+    notes=refusals.window,
 )

@@ -60,4 +60,15 @@ def _refuses(config: Config) -> Iterator[str]:
                 yield f"{name} of {len(turn[name])} numbers; its heads turn {wanted} pairs"
 
 
-PHI3 = Architecture("phi3", ("Phi3ForCausalLM",), _tensors, _numbers, _refuses)
+def _notes(config: Config) -> Iterator[str]:
+    yield from refusals.window(config)
+    turn = numbers.rope(config)
+    if turn["rope_type"] == "longrope":
+        first = turn["original_max_position_embeddings"]
+        yield (
+            f"texts of up to {first:,} tokens have other rotary factors than longer ones; llama.cpp goes by the "
+            f"context that it is started with: give it {first:,} (-c) for short texts"
+        )
+
+
+PHI3 = Architecture("phi3", ("Phi3ForCausalLM",), _tensors, _numbers, _refuses, _notes)

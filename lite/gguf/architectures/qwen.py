@@ -15,7 +15,7 @@ _EXPERTS = {"down": "down_proj", "gate": "gate_proj", "up": "up_proj"}
 def _attention(config: Config) -> layers.Attention:
     if config["model_type"] in ("qwen2", "qwen2_moe"):
         return layers.Attention(biases=tuple("qkv") if config.get("qkv_bias", True) else ())
-    return layers.Attention(biases=tuple("qkvo") if config["attention_bias"] else (), norms=True)
+    return layers.Attention(norms=True)
 
 
 def _dense(config: Config, names: frozenset[str]) -> Iterator[Planned]:
@@ -56,7 +56,7 @@ def _mixture_numbers(writer: gguf.GGUFWriter, config: Config) -> None:
 def _refuses(config: Config) -> Iterator[str]:
     yield from refusals.rope_type(config)
     yield from refusals.setting(config, "hidden_act", "silu")
-    yield from refusals.sliding(config)
+    yield from refusals.setting(config, "attention_bias", False)
 
 
 def _mixture_refuses(config: Config) -> Iterator[str]:
@@ -67,7 +67,11 @@ def _mixture_refuses(config: Config) -> Iterator[str]:
         yield f"mlp_only_layers {config['mlp_only_layers']}; llama.cpp has experts in every layer"
 
 
-QWEN2 = Architecture("qwen2", ("Qwen2ForCausalLM",), _dense, _numbers, _refuses)
-QWEN3 = Architecture("qwen3", ("Qwen3ForCausalLM",), _dense, _numbers, _refuses)
-QWEN2_MOE = Architecture("qwen2moe", ("Qwen2MoeForCausalLM",), _mixture, _mixture_numbers, _mixture_refuses)
-QWEN3_MOE = Architecture("qwen3moe", ("Qwen3MoeForCausalLM",), _mixture, _mixture_numbers, _mixture_refuses)
+QWEN2 = Architecture("qwen2", ("Qwen2ForCausalLM",), _dense, _numbers, _refuses, refusals.window)
+QWEN3 = Architecture("qwen3", ("Qwen3ForCausalLM",), _dense, _numbers, _refuses, refusals.window)
+QWEN2_MOE = Architecture(
+    "qwen2moe", ("Qwen2MoeForCausalLM",), _mixture, _mixture_numbers, _mixture_refuses, refusals.window
+)
+QWEN3_MOE = Architecture(
+    "qwen3moe", ("Qwen3MoeForCausalLM",), _mixture, _mixture_numbers, _mixture_refuses, refusals.window
+)

@@ -1,4 +1,7 @@
-"""What config.json may ask for that llama.cpp does not do: a file of it would answer otherwise, so it is refused."""
+"""What config.json may ask for that llama.cpp does not do: a file of it would answer otherwise.
+
+It is refused; what is otherwise in long texts alone is said.
+"""
 
 from collections.abc import Iterator
 
@@ -21,7 +24,9 @@ def setting(config: Config, name: str, *allowed: object) -> Iterator[str]:
         yield f"{name} {config[name]!r}; llama.cpp computes with {' or '.join(map(repr, allowed))}"
 
 
-def sliding(config: Config) -> Iterator[str]:
-    """Layers with sliding attention, in a family that has none there."""
-    if "sliding_attention" in (config.get("layer_types") or ()):
-        yield "sliding attention (use_sliding_window), which llama.cpp has not for this architecture"
+def window(config: Config) -> Iterator[str]:
+    """A note: sliding attention, in a family that has none there."""
+    kinds = config.get("layer_types") or ["sliding_attention"]  # Mistral's and Phi-3's slide in every layer
+    size = config.get("sliding_window")
+    if size and "sliding_attention" in kinds and size < config["max_position_embeddings"]:
+        yield f"beyond {size:,} tokens this model attends to the last {size:,} alone, and in llama.cpp to all"

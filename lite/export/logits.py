@@ -31,18 +31,32 @@ def next_logps(source: Source, sequences: Sequence[Sequence[int]], at: Sequence[
     Returns (N, V) float32, nats, on the CPU: position by position, sequence by sequence. Computed in fp32 with eager
     attention, on a GPU if there is one. Raises ExportError if weights that the model needs are not there.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = _skeleton(source, device)
-    head = _head_names(model, source.weights)
     longest = max(map(len, sequences))
     # Padding comes after a sequence, where no causal model sees it.
     ids = torch.tensor([[*sequence, *[PLACEHOLDER] * (longest - len(sequence))] for sequence in sequences])  # (B, T)
-    _read_on_demand(model, source.weights, ids, device)
+    model, device = streamed(source, ids)
+    head = _head_names(model, source.weights)
     with torch.inference_mode():
         hidden = backbone(model)(input_ids=ids.to(device), use_cache=False).last_hidden_state  # (B, T, D)
         picked = torch.cat([hidden[row, list(places)] for row, places in enumerate(at)])  # (N, D)
         del hidden
         return _logits(picked, source, head).log_softmax(-1).cpu()
+
+
+def streamed(source: Source, ids: Tensor) -> tuple[PreTrainedModel, torch.device]:
+    """The source's model, whose backbone reads each module's weights as it runs, and the device that it runs on.
+
+    ids: every token that it will be given. Of the head nothing is read.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = _skeleton(source, device)
+    _read_on_demand(model, source.weights, ids, device)
+    return model, device
+
+
+def own_names(name: str, weights: Weights) -> list[str]:
+    """The checkpoint's tensors that a parameter of transformers' is made of; [] for one that is not there."""
+    return [piece for pieces in _pieces(name, weights) for piece in pieces]
 
 
 def _skeleton(source: Source, device: torch.device) -> PreTrainedModel:

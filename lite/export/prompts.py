@@ -68,7 +68,7 @@ def cases_of(source: Source, tokenizer: PreTrainedTokenizerBase, data: str | Non
     Raises DataError if `data` is named and cannot be read.
     """
     if data is not None:
-        return Cases(_chosen(_rows(source, tokenizer, data), source), f"rows of {data}")
+        return Cases(_chosen(rows_of(source, tokenizer, data), source), f"rows of {data}")
     notes = []
     if source.recipe is not None:
         try:
@@ -87,10 +87,11 @@ def _held_out(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, source: Source
         raise DataError("they came from stdin")
     alone = recipe.eval_data or (BUNDLED if recipe.data == BUNDLED else None)
     # Rows that were split off the training data are found by reading all of it.
-    return _rows(source, tokenizer, alone) if alone else prepare(recipe, tokenizer).held_out
+    return rows_of(source, tokenizer, alone) if alone else prepare(recipe, tokenizer).held_out
 
 
-def _rows(source: Source, tokenizer: PreTrainedTokenizerBase, data: str) -> list[TokenExample]:
+def rows_of(source: Source, tokenizer: PreTrainedTokenizerBase, data: str) -> list[TokenExample]:
+    """The rows of a file that can be read, as tokens, under the run's template. Raises DataError if there are none."""
     recipe = source.recipe or Recipe()
     asked = {"data": data, "skip_bad_rows": True, "allow_dropped": True}
     return read_all(recipe.model_copy(update=asked), tokenizer).tokens

@@ -1,0 +1,52 @@
+"""gguf: a file of each type that was asked for, written in one reading of the model, proved in llama.cpp."""
+
+from pathlib import Path
+from typing import Any
+
+from lite.errors import ExportError
+from lite.export import importance
+from lite.export.order import Order
+from lite.export.proof import prove
+from lite.gguf.types import file_types
+from lite.gguf.write import write as write_files
+from lite.merge.source import Source
+from lite.train.progress import Progress
+
+
+def names(source: Source, order: Order) -> list[str]:
+    """A file for each type. Raises ExportError for a type that there is not."""
+    return [f"{source.name}-{kind.name}.gguf" for kind in file_types(order.types)]
+
+
+def write(source: Source, staging: Path, names: list[str], order: Order, progress: Progress) -> dict[str, Any]:
+    """Write the files into the folder `staging`; what export_report.json says of each."""
+    kinds = file_types(order.types)
+    outputs = {kind: staging / name for kind, name in zip(kinds, names, strict=True)}
+    weighed = importance.of(source, order, progress)
+    progress.stage(f"writing {', '.join(names)}")
+    done = write_files(source, outputs, importance=weighed, threads=order.threads, progress=progress)
+    whole = {key: done[key] for key in ("tensors", "parameters", "seconds", "left_out")}
+    reports = {}
+    for kind, name in zip(kinds, names, strict=True):
+        file = done["files"][kind.name]
+        reports[name] = {"type": kind.name, "bytes": file["bytes"], "types": file["types"], **whole}
+        reports[name] |= {"onto": source.onto, "imatrix": order.imatrix}
+    return reports
+
+
+def check(source: Source, staging: Path, names: list[str], order: Order, progress: Progress) -> dict[str, Any]:
+    """What the proof of each file found."""
+    try:
+        import xllamacpp  # noqa: F401
+    except ImportError:
+        raise ExportError(
+            "What was written is read back in llama.cpp, which is not installed: pip install xllamacpp.\n"
+            "Or pass --no-check, and try the file elsewhere."
+        ) from None
+    found = {}
+    for kind, name in zip(file_types(order.types), names, strict=True):
+        report = prove(staging / name, source, kind, data=order.data, threads=order.threads, progress=progress)
+        told = report.to_dict()
+        problems, notes = told.pop("problems"), told.pop("notes")
+        found[name] = {"proof": told, "problems": problems, "notes": notes}
+    return found

@@ -7,7 +7,7 @@ compared, on `PROBES`: an equal cut of them all is what "the same" means here.
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -102,11 +102,11 @@ WAYS = (
 )
 
 
-def way_of(document: Mapping[str, Any], *, whole_tokens: bool) -> Way:
+def way_of(document: Mapping[str, Any], *, whole_tokens: Callable[[], bool]) -> Way:
     """The way that cuts as the pre-tokenizer of a tokenizer.json does.
 
-    document: the parsed tokenizer.json of a byte-level BPE. whole_tokens: whether its merges make every token of the
-    vocabulary from its bytes, so that `ignore_merges` changes nothing.
+    document: the parsed tokenizer.json of a byte-level BPE. whole_tokens: tells whether its merges make every
+    token of the vocabulary from its bytes, so that `ignore_merges` changes nothing; asked only if it matters.
     Raises ExportError with the string that the nearest way cuts otherwise, or for what no way of llama.cpp does.
     """
     _refuse_unknown(document)
@@ -115,7 +115,7 @@ def way_of(document: Mapping[str, Any], *, whole_tokens: bool) -> Way:
     alike = [way for way in WAYS if words in (_cuts_of(way), _cuts_in_llama(way))]
     if not alike:
         raise ExportError(_no_way(words))
-    fitting = [way for way in alike if way.ignore_merges == ignores] or (alike if whole_tokens else [])
+    fitting = [way for way in alike if way.ignore_merges == ignores] or (alike if whole_tokens() else [])
     if not fitting:
         raise ExportError(
             f"The tokenizer cuts words as {alike[0].name} does in llama.cpp, but has ignore_merges = {ignores}, there "

@@ -35,10 +35,15 @@ class TrainedTokenizer:
         return {entry["id"]: entry for entry in self.document["added_tokens"]}
 
     def surroundings(self) -> tuple[list[int], list[int]]:
-        """The ids that it puts before and after a text."""
+        """The ids that it puts before and after a text. Raises ExportError if it changes the text's own by that."""
         bare = self.tokenizer("a", add_special_tokens=False)["input_ids"]
         full = self.tokenizer("a")["input_ids"]
-        start = next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)
+        start = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), None)
+        if start is None:
+            raise ExportError(
+                f"{self.files}: the tokenizer makes {full} of 'a' with special tokens and {bare} without, where something "
+                "before and after the same ids is expected. Its model cannot be written as GGUF."
+            )
         return full[:start], full[start + len(bare) :]
 
 

@@ -111,7 +111,7 @@ def vocabulary_of(tokenizer: TrainedTokenizer, rows: int, *, model_type: str) ->
             f"{tokenizer.files}: the tokenizer is a BPE over neither bytes (ByteLevel) nor characters with byte "
             "fallback; llama.cpp knows these two. Its model cannot be written as GGUF."
         )
-    way = pre_tokenizers.way_of(tokenizer.document, whole_tokens=_tokens_are_whole(tokenizer))
+    way = pre_tokenizers.way_of(tokenizer.document, whole_tokens=lambda: _tokens_are_whole(tokenizer))
     tokens = [f"[PAD{i}]" for i in range(rows)]
     types = [int(TokenType.UNUSED)] * rows
     for token, i in tokenizer.pieces.items():

@@ -25,7 +25,7 @@ def split(regex: str, behavior: str = "Isolated", *, invert: bool = False) -> di
 
 
 def named(pre_tokenizer: dict[str, Any], **model: Any) -> str:
-    return way_of(document(pre_tokenizer, **model), whole_tokens=False).name
+    return way_of(document(pre_tokenizer, **model), whole_tokens=lambda: False).name
 
 
 def test_the_strings_tell_every_way_from_every_other():
@@ -61,7 +61,7 @@ def test_an_unknown_way_is_refused_with_what_the_nearest_cuts_otherwise():
     with pytest.raises(
         ExportError, match=r"The nearest, llama-bpe, cuts \d+ of \d+ strings otherwise, '333' for one"
     ) as error:
-        way_of(document(split(QWEN2.replace(r"\p{N}|", r"\p{N}{1,2}|"))), whole_tokens=True)
+        way_of(document(split(QWEN2.replace(r"\p{N}|", r"\p{N}{1,2}|"))), whole_tokens=lambda: True)
     assert "llama-bpe: ['333']" in str(error.value)
     assert "the tokenizer: ['33', '3']" in str(error.value)
 
@@ -77,19 +77,19 @@ def test_an_unknown_way_is_refused_with_what_the_nearest_cuts_otherwise():
 )
 def test_what_llama_cpp_has_not_is_refused(changes: dict[str, Any], words: str):
     with pytest.raises(ExportError, match=words):
-        way_of(document(BYTE_LEVEL) | changes, whole_tokens=True)
+        way_of(document(BYTE_LEVEL) | changes, whole_tokens=lambda: True)
 
 
 def test_nfc_is_let_through():
-    assert way_of(document(BYTE_LEVEL) | {"normalizer": {"type": "NFC"}}, whole_tokens=True).name == "gpt-2"
+    assert way_of(document(BYTE_LEVEL) | {"normalizer": {"type": "NFC"}}, whole_tokens=lambda: True).name == "gpt-2"
 
 
 def test_ignore_merges_matters_only_if_a_token_is_not_made_by_its_merges():
     """gpt-2's words are known in llama.cpp without ignore_merges alone."""
     asked = document(BYTE_LEVEL, ignore_merges=True)
-    assert way_of(asked, whole_tokens=True).name == "gpt-2"
+    assert way_of(asked, whole_tokens=lambda: True).name == "gpt-2"
     with pytest.raises(ExportError, match="ignore_merges = True, there it is False"):
-        way_of(asked, whole_tokens=False)
+        way_of(asked, whole_tokens=lambda: False)
 
 
 def test_the_strings_are_many_distinct_and_nfc():

@@ -41,8 +41,8 @@ class TrainedTokenizer:
         start = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), None)
         if start is None:
             raise ExportError(
-                f"{self.files}: the tokenizer makes {full} of 'a' with special tokens and {bare} without, where something "
-                "before and after the same ids is expected. Its model cannot be written as GGUF."
+                f"{self.files}: the tokenizer makes {full} of 'a' with special tokens and {bare} without, where "
+                "something before and after the same ids is expected. Its model cannot be written as GGUF."
             )
         return full[:start], full[start + len(bare) :]
 

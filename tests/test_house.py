@@ -67,7 +67,7 @@ PACKAGES = {
     "report": {"matplotlib"},
     "merge": MACHINE,
     "gguf": LLAMA_CPP,
-    "export": LLAMA_CPP,
+    "export": LLAMA_CPP | {"gptqmodel"},
     "serve": LLAMA_CPP,
     "cli": {"typer", "rich"},
     "bundled": MACHINE,  # make.py trains the tiny model

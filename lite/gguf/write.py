@@ -27,6 +27,7 @@ from lite.gguf.imatrix import Importance
 from lite.gguf.metadata import add_file_type, add_general, add_importance
 from lite.gguf.planned import Planned, Reader
 from lite.gguf.quantise import Quantiser, RowError
+from lite.gguf.special_tokens import fitting_name
 from lite.gguf.types import FileType
 from lite.gguf.vocabulary import add_vocabulary
 from lite.merge.source import Source
@@ -138,6 +139,9 @@ def describe(source: Source) -> tuple[table.Plan, gguf.GGUFWriter]:
     add_general(writer, source, [Stored(tensor.name, tensor.shape, Kind.F32) for tensor in planned.tensors])
     architecture.numbers(writer, config)
     writer.kv_data[0].update(vocabulary.kv_data[0])
+    if "general.name" in writer.kv_data[0]:
+        name = writer.kv_data[0]["general.name"]
+        name.value = fitting_name(name.value, source.files)
     return planned, writer
 
 

@@ -137,7 +137,8 @@ def _run_apart(job: dict[str, Any], staging: Path) -> dict[str, Measured]:
     found = json.loads((staging / RESULT).read_text(encoding="utf-8"))
     for name in (JOB, RESULT, LOG):
         (staging / name).unlink()
-    return {name: _measured(name, said, job["held_out"]) for name, said in found.items()}
+    shown = {"merged": "merged", "quantised": job["settings"]["method"]}
+    return {name: _measured(shown[name], said, job["held_out"]) for name, said in found.items()}
 
 
 def _measured(name: str, said: Sequence[Sequence[Sequence[float]]], rows: Sequence[Any]) -> Measured:

@@ -12,7 +12,7 @@ from rich.text import Text
 from lite.cli.console import console
 from lite.cli.options import JSON, Setting
 from lite.errors import RecipeError
-from lite.sizes import GIB
+from lite.sizes import in_gib
 
 if TYPE_CHECKING:
     from lite.export.export import Exported
@@ -94,7 +94,7 @@ def page(done: "Exported") -> None:
     shown = console()
     for path in done.paths:
         found = done.reports[path.name if len(done.paths) > 1 else next(iter(done.reports))]
-        size = f", {found['bytes'] / GIB:.2f} GiB" if "bytes" in found else ""
+        size = f", {in_gib(found['bytes'])}" if "bytes" in found else ""
         took = f" in {found['seconds']:.0f} s" if "seconds" in found else ""
         shown.print(Text(f"\n{path}{size}{took}"), soft_wrap=True)
         if table := _checked(found):

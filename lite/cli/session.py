@@ -101,7 +101,8 @@ def following(run: "Run") -> list[str]:
     return [
         f"adapter   {run.adapter}",
         f"judge it  {judged}{other}",
-        f'use it    peft.AutoPeftModelForCausalLM.from_pretrained("{run.adapter}")',
+        f"talk      lite chat {folder}",
+        f"export    lite export {folder} --to gguf --type q4_k_m    lite merge {folder} -o MODEL",
         f"train on  lite {shlex.quote(recipe.method)} {same} --run {folder} --data MORE.jsonl",
     ]
 

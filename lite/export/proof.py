@@ -20,9 +20,10 @@ from lite.errors import ExportError
 from lite.export.logits import next_logps
 from lite.export.prompts import CONVERSATIONS, Case, cases_of
 from lite.gguf import llama
+from lite.gguf.architectures.table import find
 from lite.gguf.llama import Answer, Distribution, Llama
-from lite.gguf.probes import PROBES, special_probes
 from lite.gguf.types import FileType
+from lite.gguf.vocabulary import same_probes
 from lite.merge.companions import stop_tokens
 from lite.merge.source import Source
 from lite.train.progress import Progress, Quiet
@@ -32,7 +33,6 @@ POSITIONS_EACH = 20  # of one prompt, at which distributions are compared
 TIE = 0.05  # nats: a token that the model holds so close to its likeliest is as good; bf16 logits are no finer
 ANSWER_TOKENS = 64  # within which an answer has to end, where the model ends it
 SHOWN = 3  # differences of a kind that are spelled out
-SPECIAL_SHOWN = 40  # special tokens that are probed; a vocabulary may have a thousand reserved ones
 
 
 class Bound(NamedTuple):
@@ -111,7 +111,7 @@ def prove(
     context = max(llama.CONTEXT, longest + 2 * ANSWER_TOKENS)
     with llama.running(path, context=context, parallel=1, threads=threads, lora=lora) as file:
         progress.stage(f"{path.name}: tokens and prompts as llama.cpp has them")
-        strings, texts = _tokenisation(file, tokenizer)
+        strings, texts = _tokenisation(file, tokenizer, same_probes(source.files, find(source.config)[1]))
         conversations, prompts = _rendering(file, tokenizer)
         progress.stage(f"{path.name}: next words after {len(asked.cases)} prompts")
         answers = file.greedy([case.prompt for case in asked.cases], max_tokens=ANSWER_TOKENS)
@@ -198,10 +198,8 @@ def _file_says(file: Llama, walks: Sequence[Walk], progress: Progress) -> list[D
     return said
 
 
-def _tokenisation(file: Llama, tokenizer: PreTrainedTokenizerBase) -> tuple[int, list[str]]:
+def _tokenisation(file: Llama, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> tuple[int, list[str]]:
     """How many strings were tokenised, and a line for each that llama.cpp cuts otherwise."""
-    added = sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()})
-    texts = [*PROBES, *special_probes(added[:SPECIAL_SHOWN])]
     expected = encode(tokenizer, texts)
     found = [file.tokenise(text) for text in texts]
     return len(texts), [

@@ -118,7 +118,8 @@ def _of_model(name: str, base: str | Path | None, onto: str) -> Source:
     if folder is None:
         raise _absent(None, name, None)
     hub = _hub_name(name)
-    return replace(_of_folder(folder, (hub or str(folder)).rpartition("/")[2]), base_name=hub)
+    known = name if name == BUNDLED else (hub or str(folder)).rpartition("/")[2]
+    return replace(_of_folder(folder, known), base_name=hub)
 
 
 def _of_folder(folder: Path, name: str) -> Source:

@@ -85,8 +85,10 @@ def test_what_to_type_next_is_of_this_run(tmp_path: Path) -> None:
     """Its loss, settings other than defaults, reference; rows are named where the run has none of its own."""
     settings = {"loss": "dpo:1.0,sft:0.2", "dpo.beta": 0.3, "dpo.length_normalised": True, "data": "my pairs.jsonl"}
     recipe = Recipe(method="dpo", model="tiny", ref="other", **settings)
-    adapter, judged, _, train_on = session.following(Run(tmp_path, recipe, {"eval_after": {}}))
+    adapter, judged, talk, export, train_on = session.following(Run(tmp_path, recipe, {"eval_after": {}}))
     assert adapter.endswith(str(tmp_path / "adapter"))
     assert judged == f"judge it  lite score --run {tmp_path} --data 'my pairs.jsonl' --ref other"
+    assert talk == f"talk      lite chat {tmp_path}"
+    assert f"lite export {tmp_path} --to gguf" in export
     same = "--model tiny --loss dpo:1.0,sft:0.2 --ref other --dpo.beta 0.3 --dpo.length-normalised"
     assert train_on == f"train on  lite dpo {same} --run {tmp_path} --data MORE.jsonl"

@@ -31,13 +31,22 @@ def add_general(writer: gguf.GGUFWriter, source: Source, tensors: Sequence[Store
     # llama.cpp takes a model for a Phi-3 by its name, and aborts where that is wrong.
     found.name = fitting_name(found.name or source.name, source.files)
     if source.base_name is not None and source.adapter is not None and not found.base_models:
-        organization, _, name = source.base_name.rpartition("/")
-        found.base_models = [{"name": name} | ({"organization": organization} if organization else {})]
+        found.base_models = [_base(source.base_name)]
     if found.size_label is None and total:
         found.size_label = gguf.size_label(total, shared, expert, experts)
     writer.add_type(gguf.GGUFType.MODEL)
     found.set_gguf_meta_model(writer)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def _base(name: str) -> dict[str, str]:
+    """A base model, as the gguf package lists one; `name` as the hub has it, or a folder's."""
+    organization, _, own = name.rpartition("/")
+    titled = {"name": gguf.Metadata.id_to_title(own)}
+    if not organization:
+        return titled
+    hub = {"organization": gguf.Metadata.id_to_title(organization), "repo_url": f"https://huggingface.co/{name}"}
+    return titled | hub
 
 
 def add_file_type(writer: gguf.GGUFWriter, file_type: FileType) -> None:

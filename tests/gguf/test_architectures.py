@@ -187,6 +187,12 @@ def test_an_unknown_architecture_names_the_nearest_and_all() -> None:
         find({"model_type": "llama"})
 
 
+@pytest.mark.parametrize("change", [{"model_type": None}, {"hidden_size": "wide"}])
+def test_a_broken_config_is_told(change: dict[str, Any]) -> None:
+    with pytest.raises(ExportError, match=r"config\.json is none that transformers reads"):
+        find(llama() | change)
+
+
 @pytest.mark.parametrize(
     ("name", "architecture", "changes", "told"),
     [
@@ -197,6 +203,7 @@ def test_an_unknown_architecture_names_the_nearest_and_all() -> None:
         ("qwen2moe", "Qwen2MoeForCausalLM", {"norm_topk_prob": True}, "norm_topk_prob True"),
         ("qwen3moe", "Qwen3MoeForCausalLM", {"mlp_only_layers": [0]}, r"mlp_only_layers \[0\]"),
         ("gemma2", "Gemma2ForCausalLM", {"query_pre_attn_scalar": 64}, "query_pre_attn_scalar 64"),
+        ("gemma2", "Gemma2ForCausalLM", {"attn_logit_softcapping": None}, "attn_logit_softcapping None"),
         ("gemma", "GemmaForCausalLM", {"rope_parameters": {"rope_theta": 5e4}}, "says none for gemma"),
     ],
 )

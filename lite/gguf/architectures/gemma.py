@@ -38,12 +38,8 @@ def _numbers(writer: gguf.GGUFWriter, config: Config) -> None:
 
 def _numbers2(writer: gguf.GGUFWriter, config: Config) -> None:
     _numbers(writer, config)
-    for name, add in (
-        ("attn_logit_softcapping", writer.add_attn_logit_softcapping),
-        ("final_logit_softcapping", writer.add_final_logit_softcapping),
-    ):
-        # None means no cap, which there is 0; without the key llama.cpp takes 50 and 30.
-        add(config[name] or 0.0)
+    writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
+    writer.add_final_logit_softcapping(config["final_logit_softcapping"])
     _window(writer, config, "gemma2")
 
 
@@ -88,6 +84,9 @@ def _refuses_scale(config: Config) -> Iterator[str]:
 
 def _refuses2(config: Config) -> Iterator[str]:
     yield from _refuses1(config)
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if not config[name]:
+            yield f"{name} {config[name]}; llama.cpp always caps the logits of a gemma2"
     yield from _refuses_scale(config)
 
 

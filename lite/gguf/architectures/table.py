@@ -83,7 +83,13 @@ def _filled(config: Mapping[str, Any]) -> Config:
     """config.json as transformers reads it: defaults of its class filled in, older spellings brought up to date."""
     from transformers import CONFIG_MAPPING
 
-    filled = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config)).to_dict()
+    try:
+        filled = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config)).to_dict()
+    except Exception as error:  # whatever the checks of a config's class raise
+        raise ExportError(
+            f"config.json is none that transformers reads: {type(error).__name__}: {error}.\n"
+            "Expected the config.json that the model was saved with: take it from there."
+        ) from error
     return {**filled, **filled["text_config"]} if "text_config" in filled else filled
 
 

@@ -68,7 +68,7 @@ PACKAGES = {
     "merge": MACHINE,
     "gguf": LLAMA_CPP,
     "export": LLAMA_CPP | {"gptqmodel"},
-    "serve": LLAMA_CPP,
+    "serve": LLAMA_CPP | {"xxhash"},
     "cli": {"typer", "rich"},
     "bundled": MACHINE,  # make.py trains the tiny model
     "__init__": set(),

@@ -49,7 +49,7 @@ def adapter() -> Path:
     adapted = get_peft_model(model, LoraConfig(r=2, lora_alpha=16, target_modules=["down_proj"], task_type="CAUSAL_LM"))
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
+            torch.nn.init.normal_(parameter, std=0.3)
     adapted.save_pretrained(str(path))
     return path
 

@@ -45,7 +45,7 @@ class ModelSpeaker:
 
     def answer(self, turns: Turns, sampling: Sampling) -> Iterator[str]:
         """The answer, piece by piece as it comes; closing the iterator ends it."""
-        yield from _text(self.tokenizer, self._words(self._prompt(turns), sampling))
+        yield from text_of(self.tokenizer, self._words(self._prompt(turns), sampling))
 
     def _prompt(self, turns: Turns) -> list[int]:
         """Ids; of a model that knows no turns, the text of the last one."""
@@ -126,7 +126,7 @@ def _chosen(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> i
     return int(words[torch.multinomial(chances * kept, 1, generator=generator)])
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, words: Iterator[int]) -> Iterator[str]:
+def text_of(tokenizer: PreTrainedTokenizerBase, words: Iterator[int]) -> Iterator[str]:
     """What the tokens say, each piece as soon as its characters are whole."""
     said: list[int] = []
     shown = ""

@@ -12,6 +12,7 @@ from lite.errors import ExportError
 from lite.gguf import llama
 from lite.gguf.llama import Llama
 
+HEARS_S = 0.5  # a signal that another thread was given is heard when this one next wakes
 ENDING = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -62,7 +63,7 @@ def serve(
         settings = {"context": context, "parallel": parallel, "threads": threads, "name": name}
         with llama.running(path, host=door.host, port=door.port, api_keys=keys, **settings) as server:
             ready(server)
-            while not stop.wait(3600):  # without an end Python hears no signal on Windows
+            while not stop.wait(HEARS_S):
                 pass
 
 

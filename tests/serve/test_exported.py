@@ -1,0 +1,39 @@
+"""The file that stands for a model is made once, and anew when what it is made of changes."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lite.errors import ExportError
+from lite.model.catalog import BUNDLED_MODEL
+from lite.reference.database import default_folder
+from lite.serve.exported import exported
+from lite.train.progress import Quiet
+from tests import served
+
+
+def test_is_made_once_and_anew_after_a_change(tmp_path: Path) -> None:
+    model = tmp_path / "mine"
+    shutil.copytree(BUNDLED_MODEL, model)
+    first, name = exported(str(model), check=False, progress=Quiet())
+    assert (name, first.parent) == ("mine", default_folder() / "serve")
+    made = first.stat().st_mtime_ns
+    assert exported(str(model), check=False, progress=Quiet())[0].stat().st_mtime_ns == made
+    config = json.loads((model / "generation_config.json").read_text())
+    (model / "generation_config.json").write_text(json.dumps(config | {"temperature": 0.5}))
+    second, _ = exported(str(model), check=False, progress=Quiet())
+    assert second != first
+    assert not first.exists()
+    assert second.read_bytes()[:4] == b"GGUF"
+    assert [path.name for path in second.parent.iterdir() if "mine" in path.name] == [second.name]
+    second.unlink()
+
+
+def test_a_place_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = tmp_path / "taken"
+    taken.write_text("a file")
+    monkeypatch.setenv("LITE_CACHE", str(taken))
+    with pytest.raises(ExportError, match=r"tuned-q8_0-\w{16}\.gguf: cannot be written: Not a directory"):
+        exported(str(served.adapter()), check=False, progress=Quiet())

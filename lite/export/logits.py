@@ -40,7 +40,9 @@ def next_logps(source: Source, sequences: Sequence[Sequence[int]], at: Sequence[
         hidden = backbone(model)(input_ids=ids.to(device), use_cache=False).last_hidden_state  # (B, T, D)
         picked = torch.cat([hidden[row, list(places)] for row, places in enumerate(at)])  # (N, D)
         del hidden
-        return _logits(picked, source, head).log_softmax(-1).cpu()
+        logits = _logits(picked, source, head)
+        logits -= logits.logsumexp(-1, keepdim=True)  # in place: the whole of it is large
+        return logits.cpu()
 
 
 def streamed(source: Source, ids: Tensor) -> tuple[PreTrainedModel, torch.device]:

@@ -5,7 +5,7 @@ prompts, and whether answers end. The model speaks through transformers, from th
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +32,7 @@ TOP = 256  # tokens of the file's distribution that are compared one by one; the
 POSITIONS_EACH = 20  # of one prompt, at which distributions are compared
 TIE = 0.05  # nats: a token that the model holds so close to its likeliest is as good; bf16 logits are no finer
 ANSWER_TOKENS = 64  # within which an answer has to end, where the model ends it
+OPEN_ANSWERS = 4  # of the answers that the file did not end, that are looked at
 SHOWN = 3  # differences of a kind that are spelled out
 
 
@@ -74,7 +75,7 @@ class Report:
     bound_divergence: float
     answers: int  # that were generated, greedily
     ended: int  # of them, those that the file ended by a stop token
-    endless: int  # those that it did not end though the model would have
+    endless: int  # of the first few that it did not end, those that the model would have ended
     seconds: float
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -106,7 +107,7 @@ def prove(
     """
     progress, began = progress or Quiet(), time.monotonic()
     tokenizer = AutoTokenizer.from_pretrained(str(source.files))
-    asked = cases_of(source, tokenizer, data)
+    asked, stops = cases_of(source, tokenizer, data), stop_tokens(source)
     longest = max(len(case.prompt) + len(case.answer or ()) for case in asked.cases)
     context = max(llama.CONTEXT, longest + 2 * ANSWER_TOKENS)
     with llama.running(path, context=context, parallel=1, threads=threads, lora=lora) as file:
@@ -118,13 +119,15 @@ def prove(
         walks = [_along(case, answer) for case, answer in zip(asked.cases, answers, strict=True)]
         said = _file_says(file, walks, progress)
     progress.stage(f"{source.name}: next words by the model itself")
-    ends = [_along(Case(case.prompt), answer, most=None) for case, answer in zip(asked.cases, answers, strict=True)]
-    both = [*walks, *ends]
+    # An answer that ended is well; of those that did not, a few tell whether the model would have ended them.
+    open_ones = [i for i, answer in enumerate(answers) if not answer.stopped][:OPEN_ANSWERS]
+    ends = {i + 1: _along(Case(asked.cases[i].prompt), answers[i], most=None) for i in open_ones}
+    both = [*walks, *ends.values()]
     model = next_logps(source, [walk.ids for walk in both], [walk.places for walk in both])
     compared = len(said)
     regrets = regret(model[:compared], said)
     found, bound = divergences(model[:compared], said), bound_of(file_type)
-    unended = endless(model[compared:].argmax(-1), ends, answers, stop_tokens(source))
+    unended = endless(model[compared:].argmax(-1), {number: len(walk.places) for number, walk in ends.items()}, stops)
     report = Report(
         file_type=file_type.name,
         strings=strings,
@@ -245,15 +248,16 @@ def _rendering(file: Llama, tokenizer: PreTrainedTokenizerBase) -> tuple[int, li
     return count, differing
 
 
-def endless(likeliest: Tensor, ends: Sequence[Walk], answers: Sequence[Answer], stops: Sequence[int]) -> list[str]:
+def endless(likeliest: Tensor, lengths: Mapping[int, int], stops: Sequence[int]) -> list[str]:
     """A line for each answer that the file did not end, though the model would have ended it on the way.
 
-    likeliest (N,): the model's next token at each place of `ends`, which go along the file's answers.
+    likeliest (N,): the model's next token at each place along these answers; lengths: how many places, by the number
+    of the prompt.
     """
-    lines, parts = [], likeliest.split([len(walk.places) for walk in ends])
-    for number, (answer, words) in enumerate(zip(answers, parts, strict=True), 1):
+    lines = []
+    for (number, _), words in zip(lengths.items(), likeliest.split(list(lengths.values())), strict=True):
         stopping = torch.isin(words, torch.tensor(stops)).nonzero()
-        if not answer.stopped and len(stopping):
+        if len(stopping):
             where = int(stopping[0]) + 1
             lines.append(f"prompt {number}: the model ends it as token {where}, the file not within {ANSWER_TOKENS}")
     return lines

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from lite.export.proof import ANSWER_TOKENS, Walk, bound_of, divergences, endless, prove, regret
-from lite.gguf.llama import Answer, Distribution
+from lite.export.proof import ANSWER_TOKENS, bound_of, divergences, endless, prove, regret
+from lite.gguf.llama import Distribution
 from lite.gguf.types import FILE_TYPES
 from lite.merge.source import Source, source_of
 from lite.model.catalog import BUNDLED_MODEL
@@ -44,12 +44,11 @@ def test_divergence_by_hand() -> None:
 
 
 def test_an_answer_that_the_model_would_have_ended() -> None:
-    """Token 9 ends; along the first answer the model says it third, along the second never; the third did end."""
-    answers = [Answer([5, 6, 7, 8], False), Answer([5, 6], False), Answer([5, 9], True)]
-    walks = [Walk((1, *answer.ids), list(range(len(answer.ids)))) for answer in answers]
-    likeliest = torch.tensor([5, 6, 9, 8, 5, 6, 5, 9])
-    expected = [f"prompt 1: the model ends it as token 3, the file not within {ANSWER_TOKENS}"]
-    assert endless(likeliest, walks, answers, [9, 10]) == expected
+    """Token 9 ends; along the answer to prompt 2 the model says it third, along that to prompt 5 never."""
+    likeliest = torch.tensor([5, 6, 9, 8, 5, 6])
+    expected = [f"prompt 2: the model ends it as token 3, the file not within {ANSWER_TOKENS}"]
+    assert endless(likeliest, {2: 4, 5: 2}, [9, 10]) == expected
+    assert endless(torch.tensor([]), {}, [9]) == []
 
 
 def test_bounds_loosen_with_the_bits() -> None:

@@ -4,10 +4,10 @@
     python bench/export.py --llama-cpp SOURCE …     # also the usual way: convert_hf_to_gguf.py, then llama-quantize
 
 The model has random weights and about a billion of them (SHAPE; --layers N for less), in bf16, in shards. Contenders
-run in turn, each in a process of its own: `lite`, one pass from the shards to the file; `bare`, llama.cpp's quantiser alone
-over as many rows of as many columns in the same types, in memory, by as many threads; and with --llama-cpp, `usual`:
-llama.cpp's converter to a bf16 GGUF and its llama-quantize on that, of which the larger peak counts and both times.
-SOURCE is a folder of llama.cpp's sources with build/bin/llama-quantize in it.
+run in turn, each in a process of its own: `lite`, one pass from the shards to the file; `bare`, llama.cpp's quantiser
+alone over as many rows of as many columns in the same types, in memory, by as many threads; and with --llama-cpp,
+`usual`: llama.cpp's converter to a bf16 GGUF and its llama-quantize on that, of which the larger peak counts and both
+times. SOURCE is a folder of llama.cpp's sources with build/bin/llama-quantize in it.
 """
 
 import argparse

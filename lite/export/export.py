@@ -98,9 +98,7 @@ def _aside(final: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)  # of a process that was killed
         staging.mkdir(parents=True)
     except OSError as error:
-        raise ExportError(
-            f"{final.parent}: cannot be written to: {error.strerror}. Choose another place by -o."
-        ) from None
+        raise ExportError(f"{final.parent}: cannot be written to: {error.strerror}. Name another place.") from None
     try:
         yield staging
     except OSError as error:

@@ -5,18 +5,15 @@ tokenizer is in its name, so that whatever changes is exported anew; an older on
 """
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import xxhash
 
 import lite
-from lite.errors import ExportError, raise_collected
-from lite.export.proof import prove
+from lite.export.export import export
+from lite.export.order import Order
 from lite.gguf.types import FILE_TYPES
-from lite.gguf.write import write
-from lite.merge.onto import AUTO, settled
 from lite.merge.source import Source, source_of
 from lite.reference.database import default_folder
 from lite.train import run
@@ -40,30 +37,11 @@ def exported(name: str, *, base: str | None = None, check: bool = True, progress
         progress.note(f"{final} is as the model is now, and is served")
         return final, source.name
     progress.stage(f"exporting {source.name} to {TYPE.name}, once")
-    source = settled(name, base=base, onto=AUTO, progress=progress)
-    unproved = folder / f".{os.getpid()}" / final.name
-    try:
-        unproved.parent.mkdir(parents=True, exist_ok=True)
-        write(source, {TYPE: unproved}, progress=progress)
-        if check:
-            _require_sound(unproved, source, progress)
-        os.replace(unproved, final)
-    except OSError as error:
-        raise ExportError(f"{final}: cannot be written: {error.strerror or error}. Make room there.") from error
-    finally:
-        shutil.rmtree(unproved.parent, ignore_errors=True)
+    export(Order(name, types=TYPE.name, output=final, base=base, check=check), progress)
     for older in folder.glob(f"{source.name}-{TYPE.name}-*.gguf"):
         if older != final and len(older.stem) == len(final.stem):
             older.unlink(missing_ok=True)
     return final, source.name
-
-
-def _require_sound(path: Path, source: Source, progress: Progress) -> None:
-    """Raise ExportError if the file does not answer as its source does."""
-    report = prove(path, source, TYPE, progress=progress)
-    what = f"{source.name} in {TYPE.name} is not as the model is, and was deleted:"
-    raise_collected(ExportError, what, report.problems, "--no-check would serve it all the same.")
-    progress.note(f"the likeliest next word is the model's at {report.agreement:.1%} of {report.positions} places")
 
 
 def digest(source: Source) -> str:

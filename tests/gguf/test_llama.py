@@ -1,6 +1,7 @@
 """llama.cpp in this process says what transformers says, lets in whom it should, and ends."""
 
 import json
+import shutil
 import socket
 import threading
 import time
@@ -11,11 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lite.errors import ExportError
 from lite.gguf import llama
 from lite.gguf.llama import Llama
+from lite.gguf.types import FILE_TYPES
+from lite.gguf.write import write
+from lite.merge.source import source_of
 from lite.model.catalog import BUNDLED_MODEL
 from tests import served
 
@@ -43,6 +48,25 @@ def test_says_what_the_model_says(file: Llama) -> None:
         torch.testing.assert_close(torch.from_numpy(found.logps), logps[found.ids], atol=0.02, rtol=0)
         (alone,) = file.next_tokens([one], 5)
         assert alone.ids.tolist() == found.ids[:5].tolist()
+
+
+def test_says_it_where_the_likeliest_is_part_of_a_character(tmp_path: Path) -> None:
+    """A model that thinks of the first byte of an emoji most: llama.cpp holds that back until the rest has come."""
+    shutil.copytree(BUNDLED_MODEL, tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    byte = served.tokenizer()("🦙")["input_ids"][0]
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    model = AutoModelForCausalLM.from_pretrained(str(BUNDLED_MODEL), dtype=torch.float32)
+    with torch.no_grad():
+        likeliest = model(input_ids=torch.tensor([served.prompt()])).logits[0, -1].argmax()
+    weights["lm_head.weight"][byte] = 2 * weights["lm_head.weight"][likeliest]
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    write(source_of(tmp_path / "model"), {FILE_TYPES["f32"]: tmp_path / "model.gguf"})
+    with llama.running(tmp_path / "model.gguf", parallel=1) as running:
+        (found,) = running.next_tokens([served.prompt()], 3)
+    assert found.ids[0] == byte
 
 
 def test_tokens_and_prompts_are_the_tokenizers(file: Llama) -> None:

@@ -13,6 +13,7 @@ merge.py         `lite merge RUN`: a folder that is a model like any other
 export.py        `lite export SOURCE`: GGUF and other targets, with their proof
 chat.py          `lite chat NAME`: a conversation in the terminal
 serve.py         `lite serve NAME`: an OpenAI-compatible server
+serving.py       what the two have in common: settings and their limits
 session.py       the run of either, with other packages silenced
 progress.py      what is on stderr while it trains: a bar on a terminal, plain lines elsewhere
 result.py        what is on stdout when it has trained

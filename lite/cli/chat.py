@@ -16,15 +16,13 @@ from lite import signatures
 from lite.cli import options
 from lite.cli.console import console
 from lite.cli.options import Setting
+from lite.cli.serving import BASE, CONTEXT, NAME, THREADS, check
 from lite.errors import LiteError, RecipeError, raise_collected
 
 if TYPE_CHECKING:
     from lite.serve.chat import Chat
     from lite.serve.conversation import Speaker
 
-NAME = Setting(
-    "name", str, ("NAME",), "", "A run's folder, an adapter's, a GGUF file, a model's folder or name.", (), "Argument"
-)
 COMPARE = Setting(
     "compare", bool, ("--compare",), "", "Have the base answer beside the run.", ("default: off",), "Chat"
 )
@@ -43,23 +41,8 @@ TOP_P = Setting(
 SEED = Setting(
     "seed", int, ("--seed",), "INTEGER", "Of the choice of words.", ("at least 0", "default: another each time"), "Chat"
 )  # fmt: skip
-CONTEXT = Setting(
-    "context", int, ("--context",), "INTEGER", "Of a GGUF: prompt and answer together.",
-    ("at least 64", "default: 4096 tokens"), "Machine",
-)  # fmt: skip
-THREADS = Setting(
-    "threads", int, ("--threads",), "INTEGER", "Of a GGUF.", ("at least 1", "default: all cores"), "Machine"
-)
-BASE = Setting("base", str, ("--base",), "DIR", "Where the run's base lies, if not where it was.", (), "Machine")
 CHAT = [COMPARE, SYSTEM, MAX_TOKENS, TEMPERATURE, TOP_P, SEED]
 OF_A_FILE, OF_A_MODEL = {"context", "threads"}, {"device", "dtype", "load_in_4bit", "load_in_8bit", "base"}
-# Key → whether a value will do.
-LIMITS = {
-    "max_tokens": lambda value: value >= 1, "temperature": lambda value: 0 <= value < float("inf"),
-    "top_p": lambda value: 0 < value <= 1, "seed": lambda value: 0 <= value < 2**32,
-    "context": lambda value: value >= 64, "threads": lambda value: value >= 1,
-    "parallel": lambda value: value >= 1, "port": lambda value: 0 <= value < 2**16,
-}  # fmt: skip
 TEXT = """Chat: talk to a run, a model or a GGUF in the terminal. It answers by the tokenizer, chat template and stop
 tokens that it was trained with.
 
@@ -98,19 +81,6 @@ def settings() -> list[Setting]:
         if s.key in OF_A_MODEL
     ]
     return [*CHAT, *machine, BASE, CONTEXT, THREADS]
-
-
-def check(given: Mapping[str, Any], known: Sequence[Setting]) -> None:
-    """Raise RecipeError naming each value that is none, or out of its limits."""
-    problems = []
-    for setting in known:
-        if setting.key not in LIMITS or setting.key not in given:
-            continue
-        value = given[setting.key]
-        if not isinstance(value, int | float) or not LIMITS[setting.key](value):
-            kind = "an integer" if setting.kind is int else "a number"
-            problems.append(f"{setting.flags[0]} = {value!r}: expected {kind}, {setting.facts[0]}.")
-    raise_collected(RecipeError, "These settings cannot be used:", problems)
 
 
 @contextmanager

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lite.cli.chat import BASE, CONTEXT, NAME, THREADS, check
 from lite.cli.options import Setting
+from lite.cli.serving import BASE, CONTEXT, NAME, THREADS, check
 from lite.errors import RecipeError, raise_collected
 from lite.spellings import nearest
 

@@ -13,6 +13,7 @@ from lite.export import gguf, modelfile
 from lite.export.modelfile import Command
 from lite.export.ollama_template import OllamaTemplate, ollama_template, problems
 from lite.export.order import Order
+from lite.gguf.special_tokens import adds_bos
 from lite.merge.companions import generation_config, load_tokenizer, stop_tokens
 from lite.merge.source import Source
 from lite.train.progress import Progress
@@ -93,11 +94,6 @@ def written(source: Source, tokenizer: "PreTrainedTokenizerBase", template: Olla
 def stop_words(source: Source, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
     """The text of every token that ends an answer."""
     return list(dict.fromkeys(tokenizer.convert_ids_to_tokens(stop_tokens(source))))
-
-
-def adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether llama.cpp puts a BOS token before a prompt by itself: if the tokenizer does so before a text."""
-    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
 def _sampling(settings: dict[str, Any]) -> list[Command]:

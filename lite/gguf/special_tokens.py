@@ -9,12 +9,17 @@ import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gguf
 
+from lite.data.problems import BadRow
+from lite.data.template import QUESTION, render
 from lite.errors import ExportError
 from lite.gguf.tokenizer import TrainedTokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +76,23 @@ def stop_tokens(tokenizer: TrainedTokenizer, config: Mapping[str, Any]) -> list[
     return []
 
 
+def adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether llama.cpp has to put BOS before every prompt: the tokenizer does so, and no chat goes without.
+
+    Training takes a rendered chat as it is, and llama.cpp has one flag for chats and plain text: of a tokenizer that
+    begins a text with BOS, while its chat template does not print it, the chats are right and plain text has no BOS.
+    """
+    if tokenizer.bos_token_id is None or tokenizer("a")["input_ids"][:1] != [tokenizer.bos_token_id]:
+        return False
+    if not tokenizer.chat_template:
+        return True
+    try:
+        chat = render(tokenizer, tokenizer.get_chat_template(), QUESTION, generation_prompt=True)
+    except (BadRow, ValueError):  # a template that nobody can talk through, or several and no default
+        return True
+    return chat.startswith(tokenizer.bos_token)
+
+
 def add_special_tokens(
     writer: gguf.GGUFWriter,
     tokenizer: TrainedTokenizer,
@@ -103,7 +125,7 @@ def add_special_tokens(
 
 
 def _surround(tokenizer: TrainedTokenizer, ids: dict[str, int], flags: dict[str, bool]) -> None:
-    """Let the flags say what the tokenizer really puts around a text.
+    """Let the flags say what the tokenizer really puts around a text, but for BOS that its chats go without.
 
     That of BOS is always written: without, llama.cpp and Ollama each have a default of their own for each kind of
     tokenizer.
@@ -117,7 +139,7 @@ def _surround(tokenizer: TrainedTokenizer, ids: dict[str, int], flags: dict[str,
                 f"there, which is {ids.get(kind)}. Its model cannot be written as GGUF."
             )
         if kind == "bos" or found or kind in flags:
-            flags[kind] = bool(found)
+            flags[kind] = bool(found) and (kind == "eos" or adds_bos(tokenizer.tokenizer))
 
 
 def _make_stops(stops: Sequence[int], ids: dict[str, int], tokens: Sequence[str]) -> None:

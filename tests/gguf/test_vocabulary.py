@@ -14,6 +14,7 @@ import gguf
 import pytest
 from sentencepiece import SentencePieceProcessor
 
+from lite.data.template import encode
 from lite.errors import ExportError
 from lite.gguf import llama
 from lite.gguf.probes import PROBES
@@ -29,7 +30,9 @@ from tests.gguf.tiny_tokenizers import write_sentencepiece_model, write_tiny_lla
 CASES = BYTE_LEVEL | SENTENCE_PIECES
 RECORDED = json.loads(gzip.decompress(FIXTURE.read_bytes()))
 
-BOS = "tokenizer.ggml.add_bos_token"  # says what the tokenizer does where the converter leaves it to each program
+# Says what the tokenizer does where the converter leaves it to each program; but of Phi-3, whose template prints no BOS
+# though the tokenizer puts it before plain text, that there is none.
+BOS = "tokenizer.ggml.add_bos_token"
 STOPS = "tokenizer.ggml.eos_token_ids"  # all stop tokens, which Ollama reads; there is no such key in llama.cpp
 EOT = "tokenizer.ggml.eot_token_id"  # a stop token that llama.cpp does not know by its text
 EOM = "tokenizer.ggml.eom_token_id"  # another
@@ -49,7 +52,7 @@ OTHERS = {
     "llama2_saved": {SCORES, TYPES, TOKENS},
     "mistral3": {SCORES, TYPES, PREFIX},
     "gemma": {STOPS},
-    "phi3": {STOPS, EOT},
+    "phi3": {BOS, STOPS, EOT},
 }
 
 
@@ -77,7 +80,7 @@ def test_the_keys_that_are_others(folders: dict[str, tuple[Path, dict[str, Any]]
     gpt2 = written(*folders["gpt2"])
     stops = json.loads((folders["gpt2"][0] / "generation_config.json").read_text())["eos_token_id"]
     assert [gpt2[key][1] for key in (STOPS, EOT, EOM)] == [stops, *stops]
-    assert gpt2[BOS] == ["BOOL", False]
+    assert gpt2[BOS] == written(*folders["phi3"])[BOS] == ["BOOL", False]
     saved, own = written(*folders["llama2_saved"]), RECORDED["llama2_saved"]
     assert saved[TOKENS][1][: len(own[TOKENS][1])] == own[TOKENS][1]
     assert saved[TOKENS][1][-1] == "[PAD1023]"
@@ -114,6 +117,15 @@ def test_llama_cpp_tokenises_as_transformers_does(served: tuple[str, Path, dict[
     assert [file.tokenise(probe) for probe in probes] == expected
     left_out = {"tekken": 25, "gpt4o": 26, "llama2": 23, "llama2_saved": 23}.get(name, 2)
     assert len(set(PROBES) - set(probes)) <= (left_out if name != "mistral3" else len(PROBES))
+
+
+def test_a_chat_becomes_the_prompt_that_was_trained(served: tuple[str, Path, dict[str, Any], llama.Llama]):
+    """With BOS where the template prints it and only there, whatever the tokenizer puts before plain text."""
+    _, folder, _, file = served
+    tokenizer, turns = read_tokenizer(folder).tokenizer, [{"role": "user", "content": "a"}]
+    if tokenizer.chat_template:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        assert file.tokenise(file.rendered(turns), beginning=True) == encode(tokenizer, [text])[0]
 
 
 def test_llama_cpp_stops_at_every_stop_token(served: tuple[str, Path, dict[str, Any], llama.Llama]):

@@ -1,7 +1,7 @@
 """The q8_0 file that stands for a run or a model when it is served: made once, and found again by what it is made of.
 
-Of a run it lies in the run's folder, of anything else in the user's cache. A digest of the weights, the adapter and the
-tokenizer is in its name, so that whatever changes is exported anew; an older one of the same name is then deleted.
+A digest of the weights, the adapter and the tokenizer is in its name, so that whatever changes is exported anew; an
+older one of the same source is then deleted.
 """
 
 import os
@@ -20,7 +20,7 @@ from lite.train import run
 from lite.train.progress import Progress
 
 TYPE = FILE_TYPES["q8_0"]
-FOLDER = "serve"  # in the run's, or in the user's cache
+FOLDER = "serve"
 READ_WHOLE_BYTES = 64 * 2**20  # larger files are known by name, size and time
 
 
@@ -31,17 +31,31 @@ def exported(name: str, *, base: str | None = None, check: bool = True, progress
     file that is not as the model is, is deleted.
     """
     source = source_of(name, base=base)
-    folder = _folder(source)
+    folder = folder_of(source)
     final = folder / f"{source.name}-{TYPE.name}-{digest(source)}.gguf"
     if final.is_file():
         progress.note(f"{final} is as the model is now, and is served")
         return final, source.name
     progress.stage(f"exporting {source.name} to {TYPE.name}, once")
     export(Order(name, types=TYPE.name, output=final, base=base, check=check), progress)
-    for older in folder.glob(f"{source.name}-{TYPE.name}-*.gguf"):
-        if older != final and len(older.stem) == len(final.stem):
+    for older in folder.glob(f"*-{TYPE.name}-{'[0-9a-f]' * 16}.gguf"):
+        if older != final:
             older.unlink(missing_ok=True)
     return final, source.name
+
+
+def folder_of(source: Source) -> Path:
+    """Where what is served of a source is kept: in its run's folder if that can be written to, else in the cache.
+
+    There it is a folder of this source alone, for many models' folders have the same name.
+    """
+    assert source.folder is not None
+    if (source.folder / run.RECIPE).is_file() and os.access(source.folder, os.W_OK):
+        return source.folder / FOLDER
+    # A model of the hub has another folder at every revision.
+    on_the_hub = source.base_name if source.recipe is None and source.adapter is None else None
+    place = xxhash.xxh3_64((on_the_hub or str(source.folder.resolve())).encode(errors="surrogateescape"))
+    return default_folder() / FOLDER / f"{source.name}-{place.hexdigest()[:8]}"
 
 
 def digest(source: Source) -> str:
@@ -56,13 +70,6 @@ def digest(source: Source) -> str:
             else:
                 content.update(f"{path.resolve()} {stat.st_mtime_ns}".encode())
     return content.hexdigest()
-
-
-def _folder(source: Source) -> Path:
-    of_a_run = source.folder is not None and (source.folder / run.RECIPE).is_file()
-    if of_a_run and os.access(source.folder, os.W_OK):
-        return source.folder / FOLDER
-    return default_folder() / FOLDER
 
 
 def _files(folder: Path | None) -> Iterator[Path]:

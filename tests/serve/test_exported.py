@@ -18,7 +18,7 @@ def test_is_made_once_and_anew_after_a_change(tmp_path: Path) -> None:
     model = tmp_path / "mine"
     shutil.copytree(BUNDLED_MODEL, model)
     first, name = exported(str(model), check=False, progress=Quiet())
-    assert (name, first.parent) == ("mine", default_folder() / "serve")
+    assert (name, first.parent.parent) == ("mine", default_folder() / "serve")
     made = first.stat().st_mtime_ns
     assert exported(str(model), check=False, progress=Quiet())[0].stat().st_mtime_ns == made
     config = json.loads((model / "generation_config.json").read_text())
@@ -27,13 +27,25 @@ def test_is_made_once_and_anew_after_a_change(tmp_path: Path) -> None:
     assert second != first
     assert not first.exists()
     assert second.read_bytes()[:4] == b"GGUF"
-    assert [path.name for path in second.parent.iterdir() if "mine" in path.name] == [second.name]
-    second.unlink()
+    assert list(second.parent.glob("*.gguf")) == [second]
+    shutil.rmtree(second.parent)
+
+
+def test_models_whose_folders_have_one_name_leave_each_other_alone(tmp_path: Path) -> None:
+    files = []
+    for place in ("one", "other"):
+        shutil.copytree(BUNDLED_MODEL, tmp_path / place / "mine")
+        config = tmp_path / place / "mine" / "generation_config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"note": place}))
+        files.append(exported(str(tmp_path / place / "mine"), check=False, progress=Quiet())[0])
+    assert all(file.is_file() for file in files)
+    for file in files:
+        shutil.rmtree(file.parent)
 
 
 def test_a_place_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     taken = tmp_path / "taken"
     taken.write_text("a file")
     monkeypatch.setenv("LITE_CACHE", str(taken))
-    with pytest.raises(ExportError, match=r"serve: cannot be written to: Not a directory"):
+    with pytest.raises(ExportError, match=r"tuned-\w+: cannot be written to: Not a directory"):
         exported(str(served.adapter()), check=False, progress=Quiet())

@@ -2,14 +2,18 @@
 
 import importlib.util
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
+from lite.errors import ExportError
 from lite.merge.source import Source
-from lite.serve.exported import FOLDER, digest
+from lite.serve.exported import digest, folder_of
 from lite.serve.serve import Door
 
 # vLLM makes room for adapters of one of these ranks.
@@ -22,6 +26,7 @@ class Engine(NamedTuple):
     package: str  # that Python imports
     install: str
     command: Callable[[Path, str, Door, int | None], list[str]]  # of a model's folder
+    key_variable: str | None  # what it reads the key from, unseen by others; None: only from its command line
 
 
 class Way(NamedTuple):
@@ -30,6 +35,7 @@ class Way(NamedTuple):
     about: str
     command: list[str]
     merged: Path | None = None  # the folder that `lite merge` has to make first, if it is not there
+    environment: Mapping[str, str] = MappingProxyType({})  # beside this process's own
 
 
 def ways(engine: str, source: Source, door: Door, context: int | None, *, name: str) -> list[Way]:
@@ -37,18 +43,19 @@ def ways(engine: str, source: Source, door: Door, context: int | None, *, name: 
 
     A whole model is served as it is. An adapter is merged first; vLLM can also put a plain LoRA on its base.
     """
-    command = ENGINES[engine].command
+    command, variable = ENGINES[engine].command, ENGINES[engine].key_variable
+    environment = {variable: door.api_key} if variable and door.api_key else {}
     assert source.folder is not None
     if source.adapter is None:
-        return [Way("the model as it is", command(source.folder, name, door, context))]
+        return [Way("the model as it is", command(source.folder, name, door, context), None, environment)]
     # The digest in its name: a run that has gone on since is merged anew.
-    merged = source.folder / FOLDER / f"merged-{digest(source)}"
+    merged = folder_of(source) / f"merged-{digest(source)}"
     lacking = None if (merged / "config.json").is_file() else merged
-    found = [Way("merged, as fast as the base", command(merged, name, door, context), lacking)]
+    found = [Way("merged, as fast as the base", command(merged, name, door, context), lacking, environment)]
     settings = json.loads((source.adapter / "adapter_config.json").read_text(encoding="utf-8"))
     if engine == "vllm" and _plain_lora(settings):
         beside = _vllm_lora(source, settings, name, door, context)
-        found.append(Way("the adapter on its base, which several can share", beside))
+        found.append(Way("the adapter on its base, which several can share", beside, None, environment))
     return found
 
 
@@ -57,11 +64,33 @@ def installed(engine: str) -> bool:
     return importlib.util.find_spec(ENGINES[engine].package) is not None
 
 
-def run(way: Way) -> int:
-    """Run the command to its end; its exit status. The engine is this Python's own."""
-    command = way.command
-    program = [sys.executable] if command[0] == "python" else [str(Path(sys.executable).parent / command[0])]
-    return subprocess.run([*program, *command[1:]], check=False).returncode
+def program(engine: str, way: Way) -> str:
+    """The file that the command runs: this Python's, else PATH's. Raises ExportError if there is none."""
+    if way.command[0] == "python":
+        return sys.executable
+    beside = str(Path(sys.executable).parent)
+    found = shutil.which(way.command[0], path=beside) or shutil.which(way.command[0])
+    if found is None:
+        raise ExportError(
+            f"{engine} can be imported, but there is no program {way.command[0]} in {beside} nor in PATH. Install it "
+            f"anew: `{ENGINES[engine].install}`."
+        )
+    return found
+
+
+def run(file: str, way: Way) -> int:
+    """Become the program in `file`, so that every signal is its own; where that cannot be, wait for its exit status."""
+    words, environment = [file, *way.command[1:]], {**os.environ, **way.environment}
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if os.name == "posix":
+        os.execve(file, words, environment)
+    process = subprocess.Popen(words, env=environment)
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:  # it has heard Ctrl-C, too, and takes its time
+            pass
 
 
 def _vllm(folder: Path, name: str, door: Door, context: int | None) -> list[str]:
@@ -82,7 +111,6 @@ def _vllm_door(door: Door, context: int | None) -> list[str]:
     return [
         *["--host", door.host, "--port", str(door.port)],
         *(["--max-model-len", str(context)] if context else []),
-        *(["--api-key", door.api_key] if door.api_key else []),
     ]
 
 
@@ -101,6 +129,6 @@ def _plain_lora(settings: Mapping) -> bool:
 
 
 ENGINES = {
-    "vllm": Engine("vllm", "pip install vllm", _vllm),
-    "sglang": Engine("sglang", 'pip install "sglang[all]"', _sglang),
+    "vllm": Engine("vllm", "pip install vllm", _vllm, "VLLM_API_KEY"),
+    "sglang": Engine("sglang", 'pip install "sglang[all]"', _sglang, None),
 }

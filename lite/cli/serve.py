@@ -5,6 +5,7 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from lite.spellings import nearest
 
 if TYPE_CHECKING:
     from lite.gguf.llama import Llama
+    from lite.serve.engines import Way
     from lite.serve.serve import Door
 
 LLAMA_CPP = "llama.cpp"
@@ -48,13 +50,15 @@ ENGINE = Setting(
 CHECK = Setting(
     "check", bool, ("--check",), "", "Compare a file that is exported now with the model.", ("default: on",), "Engine"
 )  # fmt: skip
-SETTINGS = [HOST, PORT, API_KEY, ALIAS, CONTEXT, PARALLEL, THREADS, FORCE, ENGINE, CHECK, BASE]
+SHARED_CONTEXT = replace(CONTEXT, help="Prompt and answer together; of llama.cpp those of all requests under way.")
+SETTINGS = [HOST, PORT, API_KEY, ALIAS, SHARED_CONTEXT, PARALLEL, THREADS, FORCE, ENGINE, CHECK, BASE]
 TEXT = f"""Serve: a run, a model or a GGUF answers other programs over HTTP, as OpenAI's API does: /v1/chat/completions,
 /v1/completions, /v1/models, streaming too.
 
 A run or a model is exported to q8_0 first, once: into the run's folder, of a model into the user's cache. Without
---host only this machine is answered, and a page in a browser never. A key on the command line can be seen by others on
-this machine; ${KEY_VARIABLE} cannot. Ctrl-C ends it."""
+--host only this machine is answered. No page of another origin may read an answer; a key keeps its questions out, too.
+A key on the command line can be seen by others on this machine; ${KEY_VARIABLE} cannot, but for --engine sglang, which
+takes a key no other way. Ctrl-C ends it."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -67,7 +71,12 @@ def main(arguments: Sequence[str]) -> int:
     from lite.cli.parse import parse
 
     given = parse(arguments, SETTINGS, program="lite serve", positional="name")
-    given = {"api_key": os.environ.get(KEY_VARIABLE) or None, "engine": LLAMA_CPP, **given}
+    if "api_key" in given and not given["api_key"].strip():
+        raise RecipeError("--api-key is empty, which would let everyone in. Give a key, or leave it out.")
+    key = os.environ.get(KEY_VARIABLE, "")
+    given = {"api_key": key if key.strip() else None, "engine": LLAMA_CPP, **given}
+    if "host" in given:  # in a URL IPv6 has brackets, which no program can listen at
+        given["host"] = given["host"].removeprefix("[").removesuffix("]")
     check(given, SETTINGS)
     if given["engine"] not in ENGINES:
         near = nearest(given["engine"], ENGINES)
@@ -139,17 +148,20 @@ def _by_another(given: Mapping[str, Any], door: "Door") -> int:
         alias = given.get("alias", source.name)
         found = engines.ways(given["engine"], source, door, given.get("context"), name=alias)
         if engines.installed(given["engine"]):
+            file = engines.program(given["engine"], found[0])
             if found[0].merged:
                 merge(name, found[0].merged, base=given.get("base"), progress=progress)
-            progress.note(shlex.join(_without(door.api_key, found[0].command)))
+            progress.note(_typed(found[0], door.api_key))
+    if door.api_key and engines.ENGINES[given["engine"]].key_variable is None:
+        print(f"{given['engine']} takes the key on its command line, where others can see it.", file=sys.stderr)
     if engines.installed(given["engine"]):
-        return engines.run(found[0])
+        return engines.run(file, found[0])
     base = ["--base", given["base"]] if "base" in given else []
     for number, way in enumerate(found):
         print(f"{'# or' if number else '#'} {way.about}:")
         if way.merged:
             print(shlex.join(["lite", "merge", name, "-o", str(way.merged), *base]))
-        print(shlex.join(_without(door.api_key, way.command)))
+        print(_typed(way, door.api_key))
     print(f"{given['engine']} is not installed here: {engines.ENGINES[given['engine']].install}", file=sys.stderr)
     return 0
 
@@ -165,6 +177,7 @@ def _refuse_of_llama_cpp(given: Mapping[str, Any]) -> None:
     raise_collected(RecipeError, f"--engine {given['engine']}:", problems, f"Leave these out, or --engine {LLAMA_CPP}.")
 
 
-def _without(key: str | None, command: Sequence[str]) -> list[str]:
-    """The command with KEY in the place of the key: what is printed is read by others."""
-    return ["KEY" if key is not None and word == key else word for word in command]
+def _typed(way: "Way", key: str | None) -> str:
+    """The command as a shell takes it, with KEY in the place of the key: what is printed is read by others."""
+    words = ["KEY" if word == key else word for word in way.command]
+    return shlex.join([*(f"{name}=KEY" for name in way.environment), *words])

@@ -19,14 +19,14 @@ ENDING = (signal.SIGINT, signal.SIGTERM)
 class Door(NamedTuple):
     """Where a server listens, and who may come in."""
 
-    host: str = llama.LOOPBACK
+    host: str = llama.LOOPBACK  # of IPv6 without brackets
     port: int = 8080  # 0: a free one
     api_key: str | None = None
 
 
 def require_guarded(door: Door) -> None:
-    """Raise ExportError if anyone who reaches this machine may ask, without a key."""
-    if door.api_key is None and not is_loopback(door.host):
+    """Raise ExportError if anyone who reaches this machine may ask, without a key; an empty one is none."""
+    if not door.api_key and not is_loopback(door.host):
         raise ExportError(
             f"--host {door.host}: whoever reaches this machine could ask the model, for no --api-key is set. Set one, "
             "or pass --force to let everyone in."
@@ -38,7 +38,7 @@ def is_loopback(host: str) -> bool:
     if host == "localhost":
         return True
     try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
+        return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
 
@@ -55,10 +55,11 @@ def serve(
 ) -> None:
     """Serve the file under `name` until the process is asked to stop; `ready` is told when it answers.
 
-    context: tokens of all requests under way together; parallel: how many those may be. No page in a browser may read
-    the answers. Raises ExportError in llama.cpp's words if it cannot serve the file there.
+    context: tokens of all requests under way together; parallel: how many those may be. No page of another origin may
+    read an answer, though without a key it can have one computed. Raises ExportError in llama.cpp's words if it cannot
+    serve the file there.
     """
-    keys = [] if door.api_key is None else [door.api_key]
+    keys = [door.api_key] if door.api_key else []
     with _asked_to_stop() as stop:
         settings = {"context": context, "parallel": parallel, "threads": threads, "name": name}
         with llama.running(path, host=door.host, port=door.port, api_keys=keys, **settings) as server:

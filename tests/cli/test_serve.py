@@ -1,5 +1,6 @@
 """`lite serve` as a user types it, asked by the client package that everyone uses."""
 
+import json
 import os
 import re
 import signal
@@ -7,6 +8,8 @@ import socket
 import subprocess
 import sys
 import threading
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 
 import pytest
@@ -78,6 +81,19 @@ def test_a_wrong_key_is_refused(guarded: Served) -> None:
         guarded.client("open").chat.completions.create(model="mine", messages=TURNS)
 
 
+def test_a_page_of_another_origin_may_not_read(guarded: Served) -> None:
+    """What a browser asks for one, and before it: neither the page's origin nor any is let in."""
+    for method, key in (("POST", "sesame"), ("OPTIONS", "")):
+        headers = {"Origin": "http://page.example", "Content-Type": "text/plain", "Authorization": f"Bearer {key}"}
+        body = json.dumps({"messages": TURNS, "max_tokens": 1}).encode()
+        request = urllib.request.Request(f"{guarded.url}/chat/completions", body, headers, method=method)
+        with urllib.request.urlopen(request) as answer:
+            assert not answer.headers["Access-Control-Allow-Origin"]
+    headers["Authorization"] = "Bearer open"
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(urllib.request.Request(request.full_url, body, headers))
+
+
 def test_ctrl_c_ends_it_though_an_answer_is_under_way(guarded: Served) -> None:
     """The last to use it: then nobody answers there any more."""
     import openai
@@ -125,17 +141,23 @@ def test_another_engine_is_told_by_its_command(capsys: pytest.CaptureFixture) ->
 
     if installed("vllm"):
         pytest.skip("vllm is installed, and would be run")
-    assert main(["serve", str(served.adapter()), "--engine", "vllm", "--api-key", "sesame", "--port", "9000"]) == 0
+    assert main(["serve", str(served.adapter()), "--engine", "vllm", "--api-key", "sesame", "--host", "[::1]"]) == 0
     out, err = capsys.readouterr()
-    assert re.search(r"^lite merge \S+/tuned -o (\S+)\nvllm serve \1 .* --port 9000 --api-key KEY$", out, re.MULTILINE)
+    typed = r"^lite merge \S+/tuned -o (\S+)\nVLLM_API_KEY=KEY vllm serve \1 .* --host ::1 --port 8080$"
+    assert re.search(typed, out, re.MULTILINE)
     assert "sesame" not in out
     assert "pip install vllm" in err
+    assert main(["serve", str(served.adapter()), "--engine", "sglang", "--api-key", "sesame"]) == 0
+    out, err = capsys.readouterr()
+    assert "--api-key KEY" in out
+    assert "sglang takes the key on its command line, where others can see it" in err
 
 
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
         (["--host", "0.0.0.0"], "--host 0.0.0.0: whoever reaches this machine could ask the model"),
+        (["--host", "0.0.0.0", "--api-key", ""], "--api-key is empty, which would let everyone in"),
         (["--port", "70000"], "--port = 70000: expected an integer, 0 to 65535"),
         (["--engine", "vlm"], "--engine = 'vlm': expected one of .* Did you mean vllm?"),
         (["--engine", "vllm"], "is a GGUF file. Name the run"),

@@ -57,7 +57,10 @@ TEXT = """Export: a run or a model becomes what other programs run, and proves t
 
 A GGUF is written in one pass over the model's files: each tensor is read a few rows at a time, the adapter added,
 quantised by llama.cpp's own code and written, so that memory does not grow with the model. What was written is read
-back in llama.cpp: tokens, next words, and whether answers end are compared with the model's own."""
+back in llama.cpp: tokens, next words, and whether answers end are compared with the model's own.
+
+Of a run in 4 or 8 bits, --onto auto merges and loads each of two candidates in turn, to measure them: that takes a
+merged model's room in the run's folder for a while, and its memory; --onto original takes neither."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -65,7 +68,7 @@ def main(arguments: Sequence[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         from lite.cli import help
 
-        help.verb("lite export SOURCE", f"{TEXT}\n\n{_targets()}", [SOURCE, *SETTINGS])
+        help.verb("lite export SOURCE", TEXT, [SOURCE, *SETTINGS], {"TARGET": _targets(), "TYPE": _types()})
         return 0
     from lite.cli.parse import parse
 
@@ -99,6 +102,8 @@ def page(done: "Exported") -> None:
         shown.print(Text(f"\n{path}{size}{took}"), soft_wrap=True)
         if table := _checked(found):
             shown.print(table)
+        elif found.get("checked"):
+            shown.print(Text(f"checked: {found['checked']}"), soft_wrap=True)
         for note in found.get("notes", []):
             shown.print(Text(f"note: {note}"), soft_wrap=True)
     shown.print("")
@@ -123,29 +128,33 @@ def following(done: "Exported") -> list[str]:
 
 
 def _order(given: Mapping[str, Any]) -> "Order":
-    """What was typed, as an order. Raises RecipeError."""
-    from lite.export.order import Order
+    """What was typed, as an order. Raises RecipeError or ExportError."""
+    from lite.export.order import Order, require_target
+    from lite.gguf.types import file_types
 
     threads = given.get("threads")
     if threads is not None and (not isinstance(threads, int) or threads < 1):
         raise RecipeError(f"--threads {threads}: expected a number of threads, at least 1.")
     output = given.get("output")
-    return Order(**{**given, "output": Path(output).expanduser() if output else None})
+    order = Order(**{**given, "output": Path(output).expanduser() if output else None})
+    # What can be seen to be wrong without torch is told without waiting for it.
+    require_target(order.target)
+    file_types(order.types)
+    return order
 
 
-def _targets() -> str:
-    """The targets and GGUF's types, for the help page."""
+def _targets() -> dict[str, str]:
+    """Each target and its line, for the help page."""
     from lite.export.order import TARGETS
 
-    width = max(map(len, TARGETS))
-    lines = [f"  {name:{width}}  {line}" for name, (_, line, _) in TARGETS.items()]
-    return "\n".join(["TARGET is one of", *lines, "", "TYPE is one of", *_types()])
+    return {name: about for name, (_, about, _) in TARGETS.items()}
 
 
-def _types() -> list[str]:
+def _types() -> dict[str, str]:
+    """Each of GGUF's types and its line."""
     from lite.gguf.types import FILE_TYPES
 
-    return [f"  {kind.name:8}{kind.bits:5.2f} bits a weight: {kind.about}" for kind in FILE_TYPES.values()]
+    return {kind.name: f"{kind.bits:.2f} bits a weight: {kind.about}" for kind in FILE_TYPES.values()}
 
 
 def _checked(found: Mapping[str, Any]) -> Table | None:

@@ -34,8 +34,10 @@ def overview(panels: Mapping[str, Mapping[str, str]]) -> None:
     )
 
 
-def verb(program: str, text: str, settings: Iterable[Setting]) -> None:
-    """Print the help page of a verb."""
+def verb(
+    program: str, text: str, settings: Iterable[Setting], more: Mapping[str, Mapping[str, str]] | None = None
+) -> None:
+    """Print the help page of a verb: its text, its settings panel by panel, and panels of other things."""
     page = console()
     page.print(f"Usage: {program} [OPTIONS]\n")
     width = min(page.width, WIDEST)
@@ -45,6 +47,7 @@ def verb(program: str, text: str, settings: Iterable[Setting]) -> None:
     panels: dict[str, dict[str, str]] = {}
     for setting in settings:
         panels.setdefault(setting.panel, {})[setting.left] = setting.right
+    panels |= {title: dict(entries) for title, entries in (more or {}).items()}
     for panel, entries in panels.items():
         _entries(page, panel, entries.items())
 

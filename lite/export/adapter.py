@@ -61,7 +61,7 @@ def check(source: Source, staging: Path, names: list[str], order: Order, progres
             problems.append(f"{CONFIG} names {written.config['base_model_name_or_path']} as its base")
     except ExportError as error:
         problems.append(str(error))
-    return {names[0]: {"problems": problems}}
+    return {names[0]: {"problems": problems, "checked": f"every tensor fits {source.base}; files as trained with"}}
 
 
 def base_of(source: Source) -> str:

@@ -4,8 +4,6 @@ Whatever stops it on the way, an interrupt or a full disk too, nothing lies unde
 """
 
 import importlib
-import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,18 +12,13 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import lite
-from lite import spellings
 from lite.errors import ExportError, raise_collected
-from lite.export.order import TARGETS, Order
-from lite.merge.onto import settled
-from lite.merge.source import Source
-from lite.train import checkpoints, failures, run
+from lite.export import place
+from lite.export.order import TARGETS, Order, require_target
+from lite.merge.onto import AUTO, settled
+from lite.merge.source import ORIGINAL, Source
+from lite.train import failures
 from lite.train.progress import Progress, Quiet
-
-REPORT = "export_report.json"
-RUN_EXPORTS = "export"  # folder in a run's own, where no output is named
-
-Figures = dict[str, Any]
 
 
 class Exported(NamedTuple):
@@ -35,59 +28,59 @@ class Exported(NamedTuple):
     source: Source
     paths: list[Path]
     report: Path
-    reports: dict[str, Figures]
+    reports: dict[str, dict[str, Any]]
 
 
 def export(order: Order, progress: Progress | None = None) -> Exported:
-    """Carry out an order. Raises a LiteError for what the user can mend; then nothing was left."""
+    """Carry out an order. Raises a LiteError for what the user can mend; then nothing was left.
+
+    What can be refused is refused before anything is measured or written: that may take an hour.
+    """
     progress = progress or Quiet()
-    with failures.told(progress):
+    with _told(progress):
         target = target_of(order.target)
-        source = settled(order.source, base=order.base, onto=order.onto, progress=progress)
-        finals = _finals(target, order, source)
-        _require_free(finals, order)
-        with _aside(finals[0]) as staging:
-            names = [path.name for path in finals]
+        source = settled(order.source, base=order.base, onto=ORIGINAL if order.onto == AUTO else order.onto)
+        paths = place.finals(order, target.names(source, order))
+        place.require_free(paths, order, source)
+        if hasattr(target, "require"):
+            target.require(source, order)
+        if order.onto == AUTO:
+            source = settled(order.source, base=order.base, onto=AUTO, progress=progress)
+        names = [path.name for path in paths]
+        with _aside(paths[0]) as staging:
             reports = target.write(source, staging, names, order, progress)
             if order.check:
                 progress.stage("checking what was written")
                 for name, found in target.check(source, staging, names, order, progress).items():
                     reports[name] |= found
                 _require_sound(reports)
-            return _published(order, source, staging, finals, reports)
+            known = {"source": order.source, "target": order.target, "lite": lite.__version__}
+            reports = {name: {**known, **found} for name, found in reports.items()}
+            report = place.put(staging, paths, order, reports)
+    return Exported(order, source, paths, report, reports)
 
 
 def target_of(name: str) -> ModuleType:
     """The module of a target. Raises ExportError, with the nearest, if there is none of the name."""
-    if name not in TARGETS:
-        near = spellings.nearest(name, TARGETS)
-        hint = f" Did you mean {near}?" if near else ""
-        raise ExportError(f"--to {name}: no such target.{hint} Expected one of {', '.join(TARGETS)}.")
+    require_target(name)
     return importlib.import_module(f"lite.export.{TARGETS[name][0]}")
 
 
-def _finals(target: ModuleType, order: Order, source: Source) -> list[Path]:
-    """Where everything will lie."""
-    names = target.names(source, order)
-    if order.output is None:
-        folder = Path(order.source) / RUN_EXPORTS if (Path(order.source) / run.RECIPE).is_file() else Path()
-        return [folder / name for name in names]
-    leaves_folder = TARGETS[order.target][2]
-    if leaves_folder or len(names) == 1:
-        return [order.output]
-    return [order.output / name for name in names]
-
-
-def _require_free(finals: list[Path], order: Order) -> None:
-    """Raise ExportError if something lies where the export would, unless it may be replaced."""
-    kind = "folder" if TARGETS[order.target][2] else "file"
-    problems = []
-    for path in finals:
-        if path.is_dir() and kind == "file":
-            problems.append(f"{path} is a folder; a file is written here.")
-        elif path.exists() and not (order.overwrite or (path.is_dir() and not any(path.iterdir()))):
-            problems.append(f"{path} is there already.")
-    raise_collected(ExportError, "Nothing was written:", problems, "Name another by -o, or pass --overwrite.")
+@contextmanager
+def _told(progress: Progress) -> Iterator[None]:
+    """Close progress however it ends, and say what to do where there is no room for the model that is compared with."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not failures.out_of_memory(error):
+            raise
+        raise ExportError(
+            f"Out of memory: {str(error).splitlines()[0]}\nThe model is read a few rows at a time where it is written, "
+            "and run to be compared with what was. Close what else uses the GPU, hide it (CUDA_VISIBLE_DEVICES=) to "
+            "compare on the CPU, or pass --no-check; where two bases are measured, --onto original."
+        ) from error
+    finally:
+        progress.close()
 
 
 @contextmanager
@@ -107,39 +100,7 @@ def _aside(final: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _require_sound(reports: Mapping[str, Figures]) -> None:
+def _require_sound(reports: Mapping[str, Mapping[str, Any]]) -> None:
     problems = [f"{name}: {problem}" for name, found in reports.items() for problem in found.get("problems", [])]
-    raise_collected(
-        ExportError,
-        "What was written is not as the model is, and was deleted:",
-        problems,
-        "--no-check would keep it. A smaller error: another --type (q8_0, q6_k), or --imatrix data.",
-    )
-
-
-def _published(
-    order: Order, source: Source, staging: Path, finals: list[Path], reports: dict[str, Figures]
-) -> Exported:
-    """Give what was written its names; export_report.json last, in the folder or beside the files."""
-    leaves_folder = TARGETS[order.target][2]
-    report = (finals[0] if leaves_folder else finals[0].parent) / REPORT
-    told = {
-        name: {"source": order.source, "target": order.target, "lite": lite.__version__, **found}
-        for name, found in reports.items()
-    }
-    if leaves_folder:
-        _write_json(staging / REPORT, told)
-        checkpoints.put(staging, finals[0])
-    else:
-        for path in finals:
-            checkpoints.sync(staging / path.name)
-            os.replace(staging / path.name, path)
-        before = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
-        _write_json(report.with_name(f".{report.name}"), before | told)
-        os.replace(report.with_name(f".{report.name}"), report)
-        checkpoints.sync(report.parent)
-    return Exported(order, source, finals, report, told)
-
-
-def _write_json(path: Path, content: Figures) -> None:
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    headline = "What was written is not as the model is, and was deleted:"
+    raise_collected(ExportError, headline, problems, "--no-check would keep it.")

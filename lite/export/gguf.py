@@ -3,12 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-from lite.errors import ExportError
 from lite.export import importance
 from lite.export.order import Order
+from lite.export.prompts import rows_of
 from lite.export.proof import prove
+from lite.gguf import llama
+from lite.gguf.architectures.table import find
 from lite.gguf.types import file_types
 from lite.gguf.write import write as write_files
+from lite.merge import companions
 from lite.merge.source import Source
 from lite.train.progress import Progress
 
@@ -16,6 +19,16 @@ from lite.train.progress import Progress
 def names(source: Source, order: Order) -> list[str]:
     """A file for each type. Raises ExportError for a type that there is not."""
     return [f"{source.name}-{kind.name}.gguf" for kind in file_types(order.types)]
+
+
+def require(source: Source, order: Order) -> None:
+    """Raise what `write` and `check` would stop at, as far as it can be known before: that may be an hour later."""
+    find(source.config)
+    if order.check:
+        llama.require()
+    if order.data is not None:
+        rows_of(source, companions.load_tokenizer(source.files), order.data)
+    importance.require(source, order)
 
 
 def write(source: Source, staging: Path, names: list[str], order: Order, progress: Progress) -> dict[str, Any]:
@@ -36,13 +49,6 @@ def write(source: Source, staging: Path, names: list[str], order: Order, progres
 
 def check(source: Source, staging: Path, names: list[str], order: Order, progress: Progress) -> dict[str, Any]:
     """What the proof of each file found."""
-    try:
-        import xllamacpp  # noqa: F401
-    except ImportError:
-        raise ExportError(
-            "What was written is read back in llama.cpp, which is not installed: pip install xllamacpp.\n"
-            "Or pass --no-check, and try the file elsewhere."
-        ) from None
     found = {}
     for kind, name in zip(file_types(order.types), names, strict=True):
         report = prove(staging / name, source, kind, data=order.data, threads=order.threads, progress=progress)

@@ -1,7 +1,7 @@
 """gptq, awq: a model's folder in 4 bits a weight by either method, for vLLM, SGLang and transformers.
 
 GPTQModel does the work: it has both methods and goes with today's transformers, where llm-compressor 0.14 asks for
-transformers ≤ 5.17. It is an extra (`pip install gptqmodel`), runs in a process of its own, and needs the whole model
+transformers ≤ 5.17. It is an extra (`gptq`), runs in a process of its own, and needs the whole model
 in memory. It is shown prompts with their chosen completions, since what a model is tuned to say is what has to
 survive. The held-out rows are scored by the merged model and by what was written, each as transformers runs it.
 """
@@ -20,6 +20,7 @@ import torch
 
 from lite.data.examples import TokenExample
 from lite.data.prepare import prepare
+from lite.data.source import STDIN
 from lite.errors import DataError, ExportError
 from lite.export import quantised_apart
 from lite.export.order import Order
@@ -37,7 +38,7 @@ LOST = 0.3  # nats a token of log p of chosen: more, and something went wrong be
 # QuantizeConfig's own words. Columns in their own order are what vLLM's fast kernels want.
 METHODS = {"gptq": {"method": "gptq", "format": "gptq", "desc_act": False}, "awq": {"method": "awq", "format": "gemm"}}
 MERGED, JOB, RESULT, LOG = ".merged", ".job.json", ".result.json", ".log"
-PIP = "pip install gptqmodel"
+PIP = 'pip install "gptqmodel>=7.7" "optimum>=1.24"'
 SAID_LINES = 15  # of GPTQModel's own words, where it fails
 
 
@@ -46,13 +47,23 @@ def names(source: Source, order: Order) -> list[str]:
     return [f"{source.name}-{order.target}"]
 
 
+def require(source: Source, order: Order) -> None:
+    """Raise ExportError without GPTQModel, and without rows to calibrate on."""
+    require_library(order.target)
+    if order.data is None and source.recipe is None:
+        raise ExportError(
+            f"--to {order.target}: calibrated on which rows? {source.name} is no run, so it has none of its own. Name "
+            "them: --data FILE."
+        )
+    if order.data is None and source.recipe.data == STDIN:
+        raise ExportError(f"--to {order.target}: the run's rows came from stdin. Name a file: --data FILE.")
+
+
 def write(source: Source, staging: Path, names: list[str], order: Order, progress: Progress) -> dict[str, Any]:
     """Fill the folder `staging`; what export_report.json says of it, by its name.
 
-    Raises ExportError without GPTQModel, without rows, where GPTQModel fails, or where the held-out rows got worse by
-    more than LOST.
+    Raises ExportError where GPTQModel fails, or where the held-out rows got worse by more than LOST.
     """
-    require_library(order.target)
     calibration, held_out = _rows(source, order)
     merged = staging / MERGED
     merged.mkdir()
@@ -69,6 +80,8 @@ def write(source: Source, staging: Path, names: list[str], order: Order, progres
     found = _run_apart(job, staging)
     companions.write(source, staging)
     shutil.rmtree(merged)
+    if not held_out:
+        progress.note("no row is held out, so that what it answers was compared with nothing")
     for line in _table(found):
         progress.note(line)
     _require_kept(found, order)
@@ -97,17 +110,12 @@ def require_library(method: str) -> None:
 def _rows(source: Source, order: Order) -> tuple[list[TokenExample], list[TokenExample]]:
     """Rows to calibrate on and rows to score: of the run, or of the file that was named, split in two."""
     tokenizer = companions.load_tokenizer(source.files)
-    if order.data is None and source.recipe is None:
-        raise ExportError(
-            f"--to {order.target}: calibrated on which rows? {source.name} is no run, so it has none of its own. Name "
-            "them: --data FILE."
-        )
     if order.data is None:
         data = prepare(source.recipe, tokenizer)
         train, held_out = data.train, data.held_out
     else:
         rows = rows_of(source, tokenizer, order.data)
-        count = min(HELD_OUT_ROWS, len(rows) // 10)
+        count = min(HELD_OUT_ROWS, max(1, len(rows) // 10)) if len(rows) > 1 else 0
         train, held_out = rows[count:], rows[:count]
     if not train:
         raise DataError(f"--to {order.target}: there is no row to calibrate on.")

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 
 from lite.data.examples import TokenExample
 from lite.data.prepare import prepare
+from lite.data.source import STDIN
 from lite.errors import ExportError
 from lite.export.logits import own_names, streamed
 from lite.export.order import FROM_DATA, Order
@@ -24,11 +25,22 @@ CHUNK_TOKENS, CHUNKS = 512, 64  # llama-imatrix's own length; as many chunks as 
 AT_ONCE = 16  # chunks, for which the model is read once
 
 
-def of(source: Source, order: Order, progress: Progress) -> Importance | None:
-    """The importance matrix that the order asks for, if any.
+def require(source: Source, order: Order) -> None:
+    """Raise ExportError if the importance matrix that the order asks for cannot be had."""
+    if order.imatrix == FROM_DATA and order.data is None:
+        if source.recipe is None:
+            raise ExportError(
+                f"--imatrix {FROM_DATA}: of which rows? {source.name} is no run, so it has none of its own. Name them: "
+                "--data FILE."
+            )
+        if source.recipe.data == STDIN:
+            raise ExportError(f"--imatrix {FROM_DATA}: the run's rows came from stdin. Name a file: --data FILE.")
+    elif order.imatrix not in (None, FROM_DATA):
+        imatrix.read(Path(order.imatrix).expanduser())
 
-    Raises ExportError if its file cannot be read, or there are no rows to compute it of.
-    """
+
+def of(source: Source, order: Order, progress: Progress) -> Importance | None:
+    """The importance matrix that the order asks for, if any; `require` has found it to be there."""
     if order.imatrix is None:
         return None
     if order.imatrix != FROM_DATA:
@@ -42,11 +54,7 @@ def _rows(source: Source, order: Order) -> list[TokenExample]:
     tokenizer = AutoTokenizer.from_pretrained(str(source.files))
     if order.data is not None:
         return rows_of(source, tokenizer, order.data)
-    if source.recipe is None:
-        raise ExportError(
-            f"--imatrix {FROM_DATA}: of which rows? {source.name} is no run, so it has none of its own. Name them: "
-            "--data FILE."
-        )
+    assert source.recipe is not None  # `require` has seen to it
     return prepare(source.recipe, tokenizer).train
 
 

@@ -41,6 +41,15 @@ def names(source: Source, order: Order) -> list[str]:
     return [f"{source.name}-ollama"]
 
 
+def require(source: Source, order: Order) -> None:
+    """Raise what the GGUF's target does, and ExportError where no template in Go says what the model's own does."""
+    from lite.export import gguf
+
+    gguf.require(source, order)
+    tokenizer = load_tokenizer(source.files)
+    ollama_template(tokenizer, adds_bos=adds_bos(tokenizer))
+
+
 def write(source: Source, staging: Path, names: list[str], order: Order, progress: Progress) -> dict[str, Any]:
     """Fill the folder `staging`; what export_report.json says of it, by its name.
 

@@ -3,7 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-# Each is a file of this room with `write` and `check`: name → (module, one line, whether it leaves a folder).
+from lite import spellings
+from lite.errors import ExportError
+
+# Each is a file of this room with `names`, `write` and `check`, and with `require` where something can be known to be
+# lacking before: name → (module, one line, whether it leaves a folder).
 TARGETS = {
     "gguf": ("gguf", "a file, or one a type, for llama.cpp, Ollama, LM Studio", False),
     "ollama": ("ollama", "a folder with the GGUF and a Modelfile, for `ollama create`", True),
@@ -31,3 +35,11 @@ class Order:
     check: bool = True
     threads: int | None = None  # None: all cores
     overwrite: bool = False
+
+
+def require_target(name: str) -> None:
+    """Raise ExportError, with the nearest, if there is no target of the name."""
+    if name not in TARGETS:
+        near = spellings.nearest(name, TARGETS)
+        hint = f" Did you mean {near}?" if near else ""
+        raise ExportError(f"--to {name}: no such target.{hint} Expected one of {', '.join(TARGETS)}.")

@@ -8,8 +8,6 @@ import json
 import os
 import secrets
 import socket
-import sys
-import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +20,7 @@ import psutil
 from numpy.typing import NDArray
 
 from lite.errors import ExportError
+from lite.gguf.heard import heard
 
 LOOPBACK = "127.0.0.1"
 CONTEXT = 4096  # tokens
@@ -102,6 +101,11 @@ class Llama:
         answers = self._asked("/completion", {**asked, "prompt": [list(prompt) for prompt in prompts]})
         return [Answer(answer["tokens"], answer["stop_type"] == "eos") for answer in _listed(answers)]
 
+    def ends_at(self, token: int) -> bool:
+        """Whether an answer ends where the token comes, which is made to come twice."""
+        asked = {"prompt": [token], "n_predict": 2, "logit_bias": [[token, FORCED]]}
+        return self._asked("/completion", asked)["stop_type"] == "eos"
+
     def chat(self, messages: Sequence[Mapping[str, Any]], **settings: Any) -> Iterator[str]:
         """The answer to a conversation, piece by piece as it comes; `settings` are OpenAI's: max_tokens, temperature.
 
@@ -156,6 +160,7 @@ def running(
     parallel: int = PARALLEL,
     threads: int | None = None,
     lora: Sequence[Path] = (),
+    exact: bool = False,
     api_keys: Sequence[str] | None = None,
     host: str = LOOPBACK,
     port: int = 0,
@@ -164,12 +169,13 @@ def running(
     """The file, loaded and served while this is open.
 
     context: tokens, of all requests under way together. threads: None takes all cores, of a small file one. lora: GGUF
-    adapters to put on. api_keys: None makes one that nobody else knows; an empty sequence asks for none. port: 0 takes
-    a free one. name: of the model in /v1/models. Raises ExportError in llama.cpp's words if the file cannot be loaded
-    or the port not be had.
+    adapters to put on. exact: keys and values are kept in float32, not in fp16. api_keys: None makes one that nobody
+    else knows; an empty sequence asks for none. port: 0 takes a free one. name: of the model in /v1/models. Raises
+    ExportError in llama.cpp's words if the file cannot be loaded or the port not be had.
     """
     own = [secrets.token_hex(16)] if api_keys is None else list(api_keys)
-    server = _started(path, context, parallel, threads, lora=lora, keys=own, where=(host, port), name=name or path.stem)
+    named, where = name or path.stem, (host, port)
+    server = _started(path, context, parallel, threads, lora=lora, exact=exact, keys=own, where=where, name=named)
     try:
         address = server.listening_address
         if not host.startswith("127."):
@@ -187,6 +193,7 @@ def _started(
     threads: int | None,
     *,
     lora: Sequence[Path],
+    exact: bool,
     keys: list[str],
     where: tuple[str, int],
     name: str,
@@ -199,6 +206,8 @@ def _started(
     params.model.path = str(path)
     params.lora_adapters = [llama.CommonAdapterLoraInfo(str(adapter), 1.0) for adapter in lora]
     params.n_ctx, params.n_parallel, params.kv_unified = context, parallel, True
+    if exact:
+        params.cache_type_k = params.cache_type_v = llama.ggml_type.GGML_TYPE_F32
     params.fit_params = False  # or it would load the model twice, to shrink what was asked for
     params.warmup = False
     if threads is None and path.stat().st_size <= SMALL_BYTES:
@@ -218,7 +227,7 @@ def _started(
     except RuntimeError:
         pass  # it says why in its log alone
     params.verbosity = ERRORS
-    with _heard() as said:
+    with heard() as said:
         try:
             return llama.Server(params)
         except RuntimeError:
@@ -235,6 +244,11 @@ def _hang_up(port: int) -> None:
                 open_socket.shutdown(socket.SHUT_RDWR)
 
 
+def require() -> None:
+    """Raise ExportError with the pip line if llama.cpp is not here."""
+    _library()
+
+
 def _library() -> Any:
     try:
         import xllamacpp
@@ -244,32 +258,6 @@ def _library() -> Any:
             "macOS and Windows."
         ) from None
     return xllamacpp
-
-
-@contextmanager
-def _heard() -> Iterator[list[str]]:
-    """The lines that are written to this process's stdout and stderr meanwhile, by C++ too, without their time."""
-    lines: list[str] = []
-    sys.stdout.flush()
-    sys.stderr.flush()
-    with tempfile.TemporaryFile() as file:
-        kept = [os.dup(number) for number in (1, 2)]
-        try:
-            for number in (1, 2):
-                os.dup2(file.fileno(), number)
-            yield lines
-        finally:
-            for number, before in zip((1, 2), kept, strict=True):
-                os.dup2(before, number)
-                os.close(before)
-            file.seek(0)
-            lines += dict.fromkeys(_told(line) for line in file.read().decode(errors="replace").splitlines() if line)
-
-
-def _told(line: str) -> str:
-    """`0.01.349.281 E gguf_init_from_file: failed …` without time and level."""
-    time, _, rest = line.partition(" ")
-    return rest[2:] if time.replace(".", "").isdigit() and rest[1:2] == " " else line
 
 
 def _listed(answers: Any) -> list[dict[str, Any]]:

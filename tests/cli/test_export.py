@@ -6,15 +6,16 @@ The types of the tensors are named, so that no fallback to another type goes by 
 import json
 import resource
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import gguf
 import pytest
+from safetensors.torch import load_file, save_file
 
 from lite.cli import main
 from lite.cli.training import BUNDLED_RECIPE
+from tests.tiny import write_model
 
 MODEL = BUNDLED_RECIPE.parent / "model"
 pytestmark = pytest.mark.skipif(not MODEL.exists(), reason="the bundled model has not been made")
@@ -102,61 +103,104 @@ def test_an_importance_matrix_of_the_rows_changes_the_blocks_and_no_type(
 def test_what_is_asked_for_in_vain_is_told_before_anything_is_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    there = tmp_path / "there.gguf"
+    there, report = tmp_path / "there.gguf", tmp_path / "taken" / "export_report.json"
     there.write_text("mine")
+    report.parent.mkdir()
+    report.write_text("[]")
     for arguments, words in (
-        ([str(MODEL), "--type", "q4_k_x"], "Did you mean q4_k_"),
-        ([str(MODEL), "--to", "ggfu"], "Did you mean gguf?"),
-        ([str(MODEL), "-o", str(there)], "is there already"),
-        ([str(tmp_path / "none")], "none"),
-        ([str(MODEL), "--onto", "quantised"], "--onto quantised"),
-        ([str(MODEL), "--type", "q2_k_s"], "importance"),
-        ([str(MODEL), "--threads", "0"], "--threads 0"),
-        ([str(MODEL), "--to", "adapter"], "adapter"),
-        ([str(MODEL), "--imatrix", str(there)], "there.gguf"),
+        (["--type", "q4_k_x"], "Did you mean q4_k_"),
+        (["--to", "ggfu"], "Did you mean gguf?"),
+        (["-o", str(there)], "is there already"),
+        (["-o", str(report.parent)], "is a folder; a file is written here"),
+        (["-o", str(report.with_name("new.gguf"))], "is no report of lite's"),
+        (["--onto", "quantised"], "there is nothing to merge"),
+        (["--onto", "best"], "expected one of original, quantised, auto"),
+        (["--type", "q2_k_s"], "needs an importance matrix"),
+        (["--threads", "0"], "at least 1"),
+        (["--to", "adapter"], "no adapter"),
+        (["--imatrix", str(there)], "no importance matrix can be read from it"),
+        (["--data", str(tmp_path / "typo.jsonl")], "typo.jsonl"),
+        (["--to", "ollama", "--type", "q8_0,q4_0"], "an Ollama model has one type"),
     ):
         capsys.readouterr()
         to = [] if "-o" in arguments else ["-o", str(tmp_path / "new.gguf")]
-        assert main(["export", *arguments, *to]) == 2, arguments
+        assert main(["export", str(MODEL), *arguments, *to]) == 2, arguments
         said = capsys.readouterr().err
         assert words in said, said
         assert "Traceback" not in said
+        assert "MiB" not in said  # of what is written
+    assert main(["export", str(tmp_path / "none"), "-o", str(tmp_path / "new.gguf")]) == 2
+    assert "is not there. Expected a folder" in capsys.readouterr().err
     assert there.read_text() == "mine"
-    assert [path.name for path in tmp_path.iterdir()] == ["there.gguf"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["taken", "there.gguf"]
 
 
-def test_a_broken_model_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A shard cut short; an architecture that nobody knows."""
-    for name, words in (("cut", "model.safetensors"), ("strange", "Qwen3ForCausalLM")):
+def test_a_folder_is_replaced_only_if_lite_exported_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not what the user keeps there, nor where the command is typed, nor the model itself."""
+    precious, mine = tmp_path / "precious", tmp_path / "model"
+    precious.mkdir()
+    (precious / "diary.txt").write_text("mine")
+    shutil.copytree(MODEL, mine)
+    folder = ["export", str(mine), "--to", "safetensors", "--no-check", "-o"]
+    for to, words in ((precious, "lite did not export"), (mine, "is needed"), (tmp_path, "is needed")):
+        capsys.readouterr()
+        assert main([*folder, str(to), "--overwrite"]) == 2
+        assert words in capsys.readouterr().err
+    assert (precious / "diary.txt").read_text() == "mine"
+    assert (mine / "model.safetensors").exists()
+    for more, status in (([], 0), ([], 2), (["--overwrite"], 0)):
+        assert main([*folder, str(tmp_path / "new"), *more]) == status
+    assert json.loads((tmp_path / "new" / "export_report.json").read_text(encoding="utf-8")).keys() == {"new"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "new", "precious"]
+
+
+def test_a_broken_model_leaves_nothing(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A shard cut short, a tensor missing, an architecture that nobody knows, a run on another base."""
+    for name, words in (
+        ("cut", "model.safetensors"),
+        ("lacking", "model.layers.2.mlp.up_proj.weight"),
+        ("strange", "Qwen3ForCausalLM"),
+    ):
         model = tmp_path / name
         shutil.copytree(MODEL, model)
         if name == "cut":
             with (model / "model.safetensors").open("r+b") as file:
                 file.truncate(100_000)
+        elif name == "lacking":
+            tensors = load_file(model / "model.safetensors")
+            del tensors[words]
+            save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
         else:
             config = json.loads((model / "config.json").read_text(encoding="utf-8"))
             (model / "config.json").write_text(json.dumps(config | {"architectures": ["Qwen3VeryNewForCausalLM"]}))
         capsys.readouterr()
         assert main(["export", str(model), "-o", str(tmp_path / f"{name}.gguf")]) == 2
         assert words in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "strange"]
+    write_model(tmp_path / "other")
+    capsys.readouterr()
+    assert main(["export", str(run), "--base", str(tmp_path / "other"), "-o", str(tmp_path / "x.gguf")]) == 2
+    assert "another" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "lacking", "other", "strange"]
+
+
+def test_help_has_a_line_for_each_target_and_type(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", "--help"]) == 0
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    for name in ("gguf", "gguf-adapter", "ollama", "awq", "q4_k_m", "iq4_xs", "bf16"):
+        assert sum(line.startswith(f"{name} ") for line in lines) == 1, name
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no limits of a process there")
-def test_a_disk_that_is_full_leaves_nothing(tmp_path: Path) -> None:
+def test_a_disk_that_is_full_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A limit on the size of files stands for the disk: a write beyond it fails as one to a full disk does."""
-
-    def small_files() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
-
-    to = tmp_path / "model.gguf"
-    # The signal that the system sends beside the error would end the process.
-    code = (
-        "import signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); from lite.cli import main; sys.exit(main())"
-    )
-    line = [sys.executable, "-c", code, "export", str(MODEL), "--type", "q8_0", "-o", str(to)]
-    done = subprocess.run(line, preexec_fn=small_files, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    assert "error:" in done.stderr
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
+    try:
+        status = main(["export", str(MODEL), "--type", "q8_0", "-o", str(tmp_path / "model.gguf")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert status == 2
+    said = capsys.readouterr().err
+    assert "has no room for model.gguf" in said
+    assert "Traceback" not in said
     assert list(tmp_path.iterdir()) == []

@@ -30,21 +30,20 @@ def rows(path: Path, count: int) -> str:
 
 @pytest.mark.skipif(INSTALLED, reason="GPTQModel is installed")
 @pytest.mark.parametrize("method", ["gptq", "awq"])
-def test_without_the_library_the_pip_line_is_given(method: str, tmp_path: Path) -> None:
+def test_without_the_library_the_pip_line_is_given(method: str) -> None:
     """Before anything is written."""
     source = source_of(str(BUNDLED / "model"))
-    with pytest.raises(ExportError, match=rf"--to {method}: .*pip install gptqmodel"):
-        gptq.write(source, tmp_path, ["x"], Order("x", method), Quiet())
-    assert not list(tmp_path.iterdir())
+    with pytest.raises(ExportError, match=rf"--to {method}: .*pip install .gptqmodel"):
+        gptq.require(source, Order("x", method))
 
 
 def test_the_rows(tmp_path: Path) -> None:
-    """Of a file a tenth is scored and the rest calibrated on; a model that is no run needs one."""
+    """Of a file a tenth is scored and the rest calibrated on; of few one."""
     source = source_of(str(BUNDLED / "model"))
     shown, scored = gptq._rows(source, Order("x", "gptq", data=rows(tmp_path / "rows.jsonl", 40)))
     assert (len(shown), len(scored)) == (36, 4)
-    with pytest.raises(ExportError, match="--data FILE"):
-        gptq._rows(source, Order("x", "gptq"))
+    shown, scored = gptq._rows(source, Order("x", "gptq", data=rows(tmp_path / "few.jsonl", 4)))
+    assert (len(shown), len(scored)) == (3, 1)
 
 
 def test_figures_by_hand() -> None:

@@ -2,6 +2,7 @@
 
 import enum
 import json
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -252,7 +253,8 @@ def test_a_damaged_memory_is_no_memory(model: Path, store: Store) -> None:
     assert store.recall_file(stamp) is None
 
 
-def test_paths_that_are_no_text(store: Store, tmp_path: Path) -> None:
+def test_paths_that_are_no_text(store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.CRITICAL, logger="lite")  # what is logged goes into the test's report, which is text
     path = tmp_path / os.fsdecode(b"caf\xe9")
     write(path, b"content")
     store.remember_file(FileStamp.of(path), file_digest(path))

@@ -1,6 +1,7 @@
 """llama.cpp in this process says what transformers says, lets in whom it should, and ends."""
 
 import json
+import os
 import shutil
 import socket
 import threading
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from lite.errors import ExportError
 from lite.gguf import llama
+from lite.gguf.heard import heard
 from lite.gguf.llama import Llama
 from lite.gguf.types import FILE_TYPES
 from lite.gguf.write import write
@@ -91,6 +93,12 @@ def test_answers_end_by_the_models_token_or_the_limit(file: Llama) -> None:
     assert "".join(pieces) == served.tokenizer().decode(whole.ids[:-1])
 
 
+def test_where_an_answer_ends(file: Llama) -> None:
+    """At the end of a turn and at that of a text, and at no other token."""
+    ends = {served.tokenizer().eos_token_id, served.tokenizer().pad_token_id}
+    assert {token for token in range(2030, 2048) if file.ends_at(token)} == ends
+
+
 def test_what_it_refuses_is_told_in_its_words(file: Llama) -> None:
     with pytest.raises(ExportError, match="answered /completion with: Prompt contains invalid tokens"):
         file.next_tokens([[99_999]], 1)
@@ -129,6 +137,15 @@ def test_ends_soon_though_requests_are_under_way() -> None:
     client.join(timeout=15)
     assert refused
     assert threading.active_count() == before
+
+
+def test_what_is_said_late_is_heard() -> None:
+    """llama.cpp's log comes from a thread of its own, after the call that failed."""
+    with heard() as said:
+        late = threading.Timer(0.2, os.write, (2, b"0.01.349.281 E why\n"))
+        late.start()
+    late.join()
+    assert said == ["why"]
 
 
 def test_a_file_that_cannot_be_loaded_and_a_port_that_is_taken(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from lite.gguf.architectures.table import ARCHITECTURES, find, plan
 from lite.gguf.planned import Piece, Planned, Reader
 from tests.gguf.tiny import MODELS, config_of, numbers
 
+YARN = MODELS["qwen3-yarn"][1]["rope_parameters"]
 QWEN3_MOE = {**MODELS["qwen3moe"][1], "num_experts": 3}
 
 
@@ -208,6 +209,10 @@ def test_a_broken_config_is_told(change: dict[str, Any]) -> None:
     ],
 )
 def test_what_llama_cpp_does_not_do_is_refused(
+        ("gemma2", "Gemma2ForCausalLM", {"layer_types": 2 * ["full_attention"]}, "slides nowhere .sliding_window 32"),
+        ("gemma3", "Gemma3ForCausalLM", {"layer_types": 7 * ["full_attention"]}, "slides nowhere"),
+        ("qwen3-yarn", "Qwen3ForCausalLM", {"rope_parameters": {**YARN, "truncate": False}}, "truncate False of YaRN"),
+        ("qwen3-yarn", "Qwen3ForCausalLM", {"rope_parameters": {**YARN, "beta_fast": 16}}, "beta_fast 16 of YaRN"),
     name: str, architecture: str, changes: dict[str, Any], told: str
 ) -> None:
     kind, settings, _ = MODELS[name]

@@ -82,17 +82,27 @@ def _refuses_scale(config: Config) -> Iterator[str]:
     )
 
 
+def _refuses_full(config: Config) -> Iterator[str]:
+    if "sliding_attention" not in config["layer_types"] or not config["sliding_window"]:
+        yield (
+            f"attention that slides nowhere (sliding_window {config['sliding_window']}, layer_types "
+            f"{sorted(set(config['layer_types']))}); llama.cpp ends itself where no layer of this family does"
+        )
+
+
 def _refuses2(config: Config) -> Iterator[str]:
     yield from _refuses1(config)
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
         if not config[name]:
             yield f"{name} {config[name]}; llama.cpp always caps the logits of a gemma2"
     yield from _refuses_scale(config)
+    yield from _refuses_full(config)
 
 
 def _refuses3(config: Config) -> Iterator[str]:
     yield from _refuses(config)
     yield from _refuses_scale(config)
+    yield from _refuses_full(config)
     yield from refusals.rope_type(config)
     yield from refusals.setting(config, "attn_logit_softcapping")
 

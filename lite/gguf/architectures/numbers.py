@@ -4,6 +4,7 @@ Keys, and which of them a family has, are those of llama.cpp's converter: a file
 nobody has tried.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -63,6 +64,11 @@ def rotation(writer: gguf.GGUFWriter, config: Config) -> None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(turn["factor"])
         writer.add_rope_scaling_orig_ctx_len(turn["original_max_position_embeddings"])
+        by_factor, wanted = _mscale(turn["factor"]), yarn_attention_factor(turn)
+        if not math.isclose(
+            wanted, by_factor
+        ):  # llama.cpp multiplies the one by this, and reads the keys below of none
+            writer.add_rope_scaling_attn_factors(wanted / by_factor)
         for name, add in (
             ("extrapolation_factor", writer.add_rope_scaling_yarn_ext_factor),
             ("attention_factor", writer.add_rope_scaling_yarn_attn_factor),
@@ -74,6 +80,19 @@ def rotation(writer: gguf.GGUFWriter, config: Config) -> None:
     elif turn["rope_type"] == "longrope":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE)
     writer.add_rope_freq_base(turn["rope_theta"])
+
+
+def yarn_attention_factor(turn: Mapping[str, Any]) -> float:
+    """By what YaRN multiplies queries and keys. Source: `_compute_yarn_parameters` of transformers."""
+    if turn.get("attention_factor") is not None:
+        return turn["attention_factor"]
+    if turn.get("mscale") and turn.get("mscale_all_dim"):
+        return _mscale(turn["factor"], turn["mscale"]) / _mscale(turn["factor"], turn["mscale_all_dim"])
+    return _mscale(turn["factor"])
+
+
+def _mscale(factor: float, weight: float = 1.0) -> float:
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def experts(writer: gguf.GGUFWriter, config: Config) -> None:

@@ -45,6 +45,7 @@ def _numbers(writer: gguf.GGUFWriter, config: Config) -> None:
     if turn["rope_type"] == "longrope":
         stretched = longest / first
         factor = math.sqrt(1 + math.log(stretched) / math.log(first)) if stretched > 1 else 1.0
+        factor = factor if turn.get("attention_factor") is None else turn["attention_factor"]
         writer.add_rope_scaling_attn_factors(factor)
 
 

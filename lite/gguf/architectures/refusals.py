@@ -9,13 +9,20 @@ from lite.gguf.architectures.architecture import Config
 from lite.gguf.architectures.numbers import rope
 
 ROPES = ("default", "linear", "yarn")  # that any family may have
+# What a file may say of YaRN, and llama.cpp reads of none of the families here: it has transformers' defaults.
+YARN = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
 
 
 def rope_type(config: Config, *more: str) -> Iterator[str]:
     """Rotary embeddings that are stretched in a way unknown to it."""
     known = (*ROPES, *more)
-    if rope(config)["rope_type"] not in known:
-        yield f"rope_type {rope(config)['rope_type']!r}; known for it: {', '.join(known)}"
+    turn = rope(config)
+    if turn["rope_type"] not in known:
+        yield f"rope_type {turn['rope_type']!r}; known for it: {', '.join(known)}"
+    if turn["rope_type"] == "yarn":
+        for name, only in YARN.items():
+            if turn.get(name) not in (None, only):
+                yield f"{name} {turn[name]!r} of YaRN; llama.cpp computes with {only!r}"
 
 
 def setting(config: Config, name: str, *allowed: object) -> Iterator[str]:

@@ -20,9 +20,8 @@ from torch import Tensor
 
 from lite.errors import ExportError, raise_collected
 from lite.export.order import Order
-from lite.gguf import write as whole_model
 from lite.gguf.architectures import table
-from lite.gguf.file import GgufFile, Stored, check_space
+from lite.gguf.file import GgufFile, TensorInfo, check_space
 from lite.gguf.planned import Planned, Reader
 from lite.merge import names as checkpoint_names
 from lite.merge.adapter import Adapter
@@ -83,7 +82,7 @@ def write(source: Source, staging: Path, names: list[str], order: Order, progres
     alpha = _alpha(pairs)
     writer = _writer(source, architecture, alpha)
     stored = [
-        Stored(f"{pair.target.name}.lora_{letter}", shape, Kind.F32)
+        TensorInfo(f"{pair.target.name}.lora_{letter}", shape, Kind.F32)
         for pair in pairs
         for letter, shape in _shapes(pair)
     ]
@@ -152,9 +151,7 @@ def pairs_of(source: Source, base: Source) -> tuple[str, list[Pair]]:
         else:
             updates[name] = update
     raise_collected(ExportError, f"{adapter.folder}: llama.cpp has no adapter with:", refused, ADVICE)
-    # Of an embedding or a head, the file has as many rows as there are tokens.
-    ends = any(name.endswith((checkpoint_names.EMBEDDING, checkpoint_names.HEAD)) for name in updates)
-    plan = whole_model.describe(base)[0] if ends else table.plan(base.config, base.weights)
+    plan = table.plan(base.config, base.weights)
     tied = all(tensor.name != HEAD for tensor in plan.tensors)
     pairs = []
     for tensor in plan.tensors:

@@ -6,5 +6,6 @@ planned.py what one is made of; metadata.py and vocabulary.py what else the file
 tokenizer, pre_tokenizers.py knows how byte-level ones cut a text, sentence_pieces.py and space_prefix.py the others,
 special_tokens.py what begins and ends. file.py is the file, its header first, then its tensors as they come; write.py
 brings it all together. imatrix.py weighs the columns of a matrix by what they are multiplied with, which activations.py
-measures. llama.py runs llama.cpp in this process, to read back what was written, with the strings of probes.py.
+measures. llama.py runs llama.cpp in this process, to read back what was written, with the strings of probes.py;
+heard.py is how it learns why something failed.
 """

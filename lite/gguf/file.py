@@ -27,7 +27,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
-class Stored:
+class TensorInfo:
     """A tensor as the file lists it."""
 
     name: str
@@ -41,18 +41,19 @@ class Stored:
 
 
 class GgufFile:
-    """One file being written; a context manager that removes what is unfinished, unless `publish` came first.
+    """One file being written; a context manager that removes what is unfinished, and all of it if its block fails.
 
     writer: holds the keys; it must not have written yet. Tensors come in the order of `tensors`, each in one or
     several calls of `append`. Every method raises ExportError if the file cannot be written.
     """
 
-    def __init__(self, path: Path, writer: gguf.GGUFWriter, tensors: Sequence[Stored]) -> None:
+    def __init__(self, path: Path, writer: gguf.GGUFWriter, tensors: Sequence[TensorInfo]) -> None:
         self.path = Path(path)
         self.tensors = tuple(tensors)
         self._unfinished = self.path.with_name(f"{UNFINISHED}{self.path.name}")
         self._writer = writer
         self._file: BinaryIO | None = None
+        self._published = False
         self._next = 0  # tensor
         self._missing = 0  # bytes of the tensor before it
         for tensor in self.tensors:
@@ -80,12 +81,15 @@ class GgufFile:
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, failure: type[BaseException] | None = None, *_: object) -> None:
         # Closing flushes, which on a full disk fails once more; the folder may be none.
         with contextlib.suppress(OSError):
             self._writer.close()
         with contextlib.suppress(OSError):
             self._unfinished.unlink()
+        if failure is not None and self._published:
+            with contextlib.suppress(OSError):
+                self.path.unlink()
 
     def append(self, data: np.ndarray) -> None:
         """The next bytes of the tensor that is being written, or the first of the next: C-contiguous, any dtype."""
@@ -118,6 +122,7 @@ class GgufFile:
         """Give the synced file its name, in the place of one that may be there."""
         try:
             os.replace(self._unfinished, self.path)
+            self._published = True
             sync(self.path.parent)
         except OSError as error:
             raise self._unwritable(error) from error

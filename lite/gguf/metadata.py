@@ -4,30 +4,38 @@ Names, licence, base models and sampling settings are read from the model's card
 the gguf package, as llama.cpp's converter has it do.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import gguf
 
-from lite.gguf.file import Stored
+from lite.gguf.file import TensorInfo
 from lite.gguf.special_tokens import fitting_name
 from lite.gguf.types import FileType
 from lite.merge.source import Source
 
+log = logging.getLogger(__name__)
 
-def add_general(writer: gguf.GGUFWriter, source: Source, tensors: Sequence[Stored]) -> None:
+_SAMPLING = "sampling_"
+
+
+def add_general(writer: gguf.GGUFWriter, source: Source, tensors: Sequence[TensorInfo]) -> None:
     """The `general.` keys but `file_type`."""
     total, shared, expert, experts = counts(tensors)
-    found = gguf.Metadata.load(None, source.files, None, total)
-    if source.name != source.files.name:
-        # A run's: what the gguf package reads out of a folder's name, it shall read out of the run's.
-        named = gguf.Metadata.apply_metadata_heuristic(
-            gguf.Metadata(), gguf.Metadata.load_model_card(source.files), {}, Path(source.name), total
-        )
-        sampling = {field.name for field in fields(found) if field.name.startswith("sampling_")}
-        found = replace(named, **{name: getattr(found, name) for name in sampling})
+    # What the gguf package reads out of a folder's name, it shall read out of the run's, if it is one.
+    own = source.name == source.files.name
+    found = gguf.Metadata.apply_metadata_heuristic(
+        gguf.Metadata(),
+        _card(source.files),
+        gguf.Metadata.load_hf_parameters(source.files) if own else {},
+        source.files if own else Path(source.name),
+        total,
+    )
+    found = replace(found, **_texts(found), **_sampling(source.files))
     # llama.cpp takes a model for a Phi-3 by its name, and aborts where that is wrong.
     found.name = fitting_name(found.name or source.name, source.files)
     if source.base_name is not None and source.adapter is not None and not found.base_models:
@@ -37,6 +45,38 @@ def add_general(writer: gguf.GGUFWriter, source: Source, tensors: Sequence[Store
     writer.add_type(gguf.GGUFType.MODEL)
     found.set_gguf_meta_model(writer)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def _card(files: Path) -> dict[str, Any]:
+    """The front matter of the model's card; nothing, and a warning, if it cannot be read."""
+    try:
+        return gguf.Metadata.load_model_card(files)
+    except Exception as error:  # whatever its YAML makes the parser raise
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        log.warning("%s: its front matter is no YAML (%s); nothing of it is in the file", files / "README.md", first)
+        return {}
+
+
+def _texts(found: gguf.Metadata) -> dict[str, Any]:
+    """What stands in the card, numbers and dates as text: YAML makes some of `license: 4` and `tags: [7]`."""
+    values = ((field.name, getattr(found, field.name)) for field in fields(found))
+    return {
+        name: [
+            {key: str(text) for key, text in entry.items()} if isinstance(entry, dict) else str(entry)
+            for entry in value
+        ]
+        if isinstance(value, list)
+        else str(value)
+        for name, value in values
+        if value is not None and not name.startswith(_SAMPLING)
+    }
+
+
+def _sampling(files: Path) -> dict[str, Any]:
+    """The settings of generation_config.json by which an answer is drawn."""
+    settings = gguf.Metadata.load_generation_config(files)
+    names = [field.name for field in fields(gguf.Metadata) if field.name.startswith(_SAMPLING)]
+    return {name: settings.get(name.removeprefix(_SAMPLING).replace("temp", "temperature")) for name in names}
 
 
 def _base(name: str) -> dict[str, str]:
@@ -60,7 +100,7 @@ def add_importance(writer: gguf.GGUFWriter, keys: Mapping[str, str | int]) -> No
         writer.add_string(name, value) if isinstance(value, str) else writer.add_uint32(name, value)
 
 
-def counts(tensors: Sequence[Stored]) -> tuple[int, int, int, int]:
+def counts(tensors: Sequence[TensorInfo]) -> tuple[int, int, int, int]:
     """Parameters in all, those that every token uses, those of one expert, and the number of experts."""
     total = sum(prod(tensor.shape) for tensor in tensors)
     stacks = [tensor for tensor in tensors if "_exps." in tensor.name]

@@ -50,11 +50,6 @@ class Planned:
         """Rows of all matrices together; a vector is one row."""
         return prod(self.shape[:-1])
 
-    @property
-    def untouched(self) -> bool:
-        """Whether its numbers are the checkpoint's own."""
-        return not self.shift and not self.values
-
 
 def planned(name: str, tensor: str, shape: tuple[int, ...], *, heads: int = 0, shift: float = 0.0) -> Planned:
     """A tensor of the file that is one of the checkpoint."""
@@ -68,17 +63,10 @@ class Reader:
         self.weights = weights
         self._kept: tuple[tuple[str, int, int], Tensor] | None = None
 
-    def dtype(self, tensor: Planned) -> torch.dtype:
-        """In which its rows come: that of the checkpoint, where nothing is added."""
-        if not tensor.untouched:
-            return torch.float32
-        kinds = {self.weights.dtype(piece.tensor) for piece in tensor.pieces}
-        return kinds.pop() if len(kinds) == 1 else torch.float32
-
     def rows(self, tensor: Planned, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows [start, stop) of the planned tensor seen as one matrix: (n, columns).
 
-        In the dtype that the checkpoint stores, or float32 where something was added or pieces differ.
+        In the dtype that the weights come in, or float32 where something is added here or pieces differ.
         """
         stop = tensor.rows if stop is None else stop
         if tensor.values:

@@ -25,6 +25,7 @@ CHUNK_ELEMENTS = 1 << 17
 NEEDS_IMPORTANCE = frozenset({Kind.IQ1_S, Kind.IQ2_XXS, Kind.IQ2_XS})
 # What the gguf package quantises to the same bytes.
 _BY_GGUF = frozenset({Kind.F32, Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1})
+NOT_FINITE = "holds NaN or infinity"
 HALF_MAX = float(np.finfo(np.float16).max)  # 65,504
 
 
@@ -103,7 +104,7 @@ def _quantise(rows: np.ndarray, out: np.ndarray, kind: Kind, importance: np.ndar
     """Quantise contiguous `rows`, the first of which is row `first` of its matrix, into `out`."""
     peak = max(abs(float(rows.max())), abs(float(rows.min()))) if rows.size else 0.0  # NaN if any is: max hands it on
     if not math.isfinite(peak):
-        _raise_at(~np.isfinite(rows).all(1), first, "holds NaN or infinity")
+        _raise_at(~np.isfinite(rows).all(1), first, NOT_FINITE)
     if (ggml := _ggml()) is not None:
         weights = importance.ctypes.data if importance is not None else None
         ggml.ggml_quantize_chunk(int(kind), rows.ctypes.data, out.ctypes.data, 0, *rows.shape, weights)

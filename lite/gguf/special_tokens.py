@@ -1,7 +1,7 @@
 """The special tokens in a GGUF file: what begins and ends a text, what ends an answer, the chat template.
 
 llama.cpp stops at the tokens whose text it knows (`KNOWN_ENDS`) and at those that the file names as EOS, EOT or EOM.
-Every stop token of generation_config.json, with which the model was trained, must be among them.
+Every token with which the model was trained to end an answer must be among them.
 """
 
 import json
@@ -20,8 +20,6 @@ from lite.gguf.tokenizer import TrainedTokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-log = logging.getLogger(__name__)
 
 # Source: llama.cpp, src/llama-vocab.cpp, special_eog_ids.
 KNOWN_ENDS = frozenset(
@@ -63,17 +61,9 @@ def fitting_name(name: str, files: Path) -> str:
     """The model's name (general.name), so that llama.cpp takes it for a Phi-3 if it has to, and only then."""
     document = json.loads((files / "tokenizer.json").read_text(encoding="utf-8"))
     phi3 = re.search("phi-?3", name, re.IGNORECASE) is not None
-    if strips_spaces(document["added_tokens"]):
+    if strips_spaces(document.get("added_tokens") or ()):
         return name if phi3 else f"{name} (Phi-3)"
     return re.sub("(phi)-?(3)", r"\1 \2", name, flags=re.IGNORECASE)
-
-
-def stop_tokens(tokenizer: TrainedTokenizer, config: Mapping[str, Any]) -> list[int]:
-    """Ids that end an answer: generation_config.json's, else config.json's, else the tokenizer's own EOS."""
-    for ids in (tokenizer.generation.get("eos_token_id"), config.get("eos_token_id"), tokenizer.tokenizer.eos_token_id):
-        if ids is not None:
-            return list(dict.fromkeys([ids] if isinstance(ids, int) else ids))
-    return []
 
 
 def adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
@@ -102,7 +92,7 @@ def add_special_tokens(
 ) -> None:
     """Add the merges (of a byte-level BPE), ids and flags of special tokens, and the chat template.
 
-    tokens: texts by id, as the file has them. stops: ids that end an answer.
+    tokens: texts by id, as the file has them. stops: ids that end an answer, at least one.
     Raises ExportError where a stop token cannot be made one in llama.cpp, or other tokens than BOS and EOS stand around
     every text.
     """
@@ -119,7 +109,7 @@ def add_special_tokens(
     if (fim_pad := ids.pop("fim_pad", None)) is not None:
         writer.add_uint32(gguf.Keys.Tokenizer.FIM_PAD_ID, fim_pad)  # gguf has no method for it
     special.add_to_gguf(writer, quiet=True)
-    if len(stops) > 1 or (stops and stops[0] != ids["eos"]):
+    if len(stops) > 1 or stops[0] != ids["eos"]:
         # llama.cpp does not read it; Ollama's own engine does, and stops at nothing else but eos_token_id.
         writer.add_array(STOPS_KEY, list(stops))
 
@@ -147,7 +137,8 @@ def _make_stops(stops: Sequence[int], ids: dict[str, int], tokens: Sequence[str]
     outside = [stop for stop in stops if not 0 <= stop < len(tokens)]
     if outside:
         raise ExportError(
-            f"generation_config.json: eos_token_id names {outside}, and the model has {len(tokens)} tokens: mend it."
+            f"The tokens that end an answer are {list(stops)}, and the model has {len(tokens)}: {outside} are none of "
+            "them. Mend eos_token_id in generation_config.json."
         )
     undone = _taken_back(tokens)
     lost = [tokens[stop] for stop in stops if tokens[stop] in undone]
@@ -157,8 +148,7 @@ def _make_stops(stops: Sequence[int], ids: dict[str, int], tokens: Sequence[str]
     for slot in END_SLOTS:
         if missing and slot not in ids:
             ids[slot] = missing.pop(0)
-    if "eos" not in ids and stops:
-        ids["eos"] = stops[0]
+    ids.setdefault("eos", stops[0])
     lost += [tokens[stop] for stop in missing]
     if lost:
         raise ExportError(
@@ -166,8 +156,6 @@ def _make_stops(stops: Sequence[int], ids: dict[str, int], tokens: Sequence[str]
             f"{len(END_SLOTS)} tokens of a file's choice and at those it knows by their text.\n"
             "Take stop tokens out of eos_token_id in generation_config.json, or serve the merged folder instead."
         )
-    if not stops:
-        log.warning("no stop token is known: the model's answers will end at their longest length only")
 
 
 def _taken_back(tokens: Sequence[str]) -> set[str]:

@@ -22,7 +22,6 @@ class TrainedTokenizer:
     tokenizer: PreTrainedTokenizerBase
     document: dict[str, Any]  # tokenizer.json
     settings: dict[str, Any]  # tokenizer_config.json
-    generation: dict[str, Any]  # generation_config.json; empty if there is none
 
     @property
     def pieces(self) -> dict[str, int]:
@@ -57,16 +56,8 @@ def read_tokenizer(files: Path) -> TrainedTokenizer:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(files), local_files_only=True)
         document = json.loads(tokenizer.backend_tokenizer.to_str())
+        path = files / "tokenizer_config.json"
+        settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except Exception as error:  # whatever a half-written file makes transformers raise
         raise ExportError(f"{files}: its tokenizer cannot be read ({type(error).__name__}: {error}).") from error
-    return TrainedTokenizer(
-        files=files,
-        tokenizer=tokenizer,
-        document=document,
-        settings=_json(files / "tokenizer_config.json"),
-        generation=_json(files / "generation_config.json"),
-    )
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return TrainedTokenizer(files=files, tokenizer=tokenizer, document=document, settings=settings)

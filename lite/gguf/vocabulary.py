@@ -21,7 +21,7 @@ from lite.gguf import pre_tokenizers
 from lite.gguf import space_prefix as space_prefixes
 from lite.gguf.probes import special_probes
 from lite.gguf.sentence_pieces import SpmTokenizer, scored_pieces
-from lite.gguf.special_tokens import add_special_tokens, looks_special, stop_tokens, strips_spaces
+from lite.gguf.special_tokens import add_special_tokens, looks_special, strips_spaces
 from lite.gguf.tokenizer import TrainedTokenizer, read_tokenizer
 
 log = logging.getLogger(__name__)
@@ -43,27 +43,18 @@ class Vocabulary:
     space_prefix: bool = False  # whether a text, and what follows a special token, begins as if after a space
 
 
-def add_vocabulary(
-    writer: gguf.GGUFWriter,
-    files: Path,
-    config: Mapping[str, Any],
-    *,
-    rows: int | None = None,
-    stops: Sequence[int] | None = None,
-) -> None:
+def add_vocabulary(writer: gguf.GGUFWriter, files: Path, config: Mapping[str, Any], *, stops: Sequence[int]) -> None:
     """Add all `tokenizer.*` keys: the tokenizer of the folder `files`, its special and stop tokens, its chat template.
 
-    files: folder with tokenizer.json, tokenizer_config.json, generation_config.json and, if the model has one, its
-    tokenizer.model. config: the model's config.json. rows: of the embedding, which there must be as many tokens as;
-    config's vocab_size if not given. stops: ids that end an answer; those of generation_config.json if not given.
+    files: folder with tokenizer.json, tokenizer_config.json and, if the model has one, its tokenizer.model. config: the
+    model's config.json; there are as many tokens as its vocab_size. stops: ids that end an answer, at least one.
     The keys and values are those of llama.cpp's converter, except where these would make another tokenizer of it than
     was trained with; tests/gguf/test_vocabulary.py names each.
     Raises ExportError for a tokenizer that llama.cpp has no way to be: another model than BPE, a normalizer, an unknown
     pre-tokenizer, more stop tokens than a file can say.
     """
     tokenizer = read_tokenizer(files)
-    rows = config["vocab_size"] if rows is None else rows
-    vocabulary = vocabulary_of(tokenizer, rows, model_type=config.get("model_type", ""))
+    vocabulary = vocabulary_of(tokenizer, config["vocab_size"], model_type=config.get("model_type", ""))
     _refuse_twins(vocabulary)
     writer.add_tokenizer_model(vocabulary.kind)
     writer.add_tokenizer_pre(vocabulary.pre)
@@ -76,7 +67,6 @@ def add_vocabulary(
         prefix = vocabulary.space_prefix
     if prefix is not None:
         writer.add_add_space_prefix(prefix)
-    stops = stop_tokens(tokenizer, config) if stops is None else stops
     add_special_tokens(writer, tokenizer, config, vocabulary.tokens, stops)
 
 

@@ -22,14 +22,14 @@ from torch import Tensor
 from lite.errors import ExportError
 from lite.gguf import mixtures
 from lite.gguf.architectures import numbers, table
-from lite.gguf.file import GgufFile, Stored, check_space
+from lite.gguf.file import GgufFile, TensorInfo, check_space
 from lite.gguf.imatrix import Importance
 from lite.gguf.metadata import add_file_type, add_general, add_importance
 from lite.gguf.planned import Planned, Reader
-from lite.gguf.quantise import Quantiser, RowError
-from lite.gguf.special_tokens import fitting_name
+from lite.gguf.quantise import NOT_FINITE, Quantiser, RowError
 from lite.gguf.types import FileType
 from lite.gguf.vocabulary import add_vocabulary
+from lite.merge.companions import stop_tokens
 from lite.merge.source import Source
 from lite.sizes import in_gib
 from lite.train.progress import Progress, Quiet
@@ -54,7 +54,7 @@ class _Chunk:
 class _Rows:
     """The rows of a chunk, in the forms that the files need."""
 
-    native: Tensor | None  # as stored, where a file keeps that dtype
+    native: Tensor | None  # in the dtype that they came in, where a file keeps it
     floats: Tensor | None  # float32, where one does not
 
 
@@ -90,8 +90,8 @@ def write(
         for file_type, path in outputs.items():
             noted = importance.keys(importance_name) if importance is not None and file_type.quantised else {}
             writer = _writer(planned, keys, file_type, noted)
-            stored = [Stored(tensor.name, tensor.shape, kinds[file_type][tensor.name]) for tensor in planned.tensors]
-            files[file_type] = stack.enter_context(GgufFile(path, writer, stored))
+            listed = [TensorInfo(one.name, one.shape, kinds[file_type][one.name]) for one in planned.tensors]
+            files[file_type] = stack.enter_context(GgufFile(path, writer, listed))
         check_space(list(files.values()))
         quantiser = stack.enter_context(Quantiser(threads))
         _fill(source, planned.tensors, files, kinds, quantiser, importance, progress)
@@ -130,18 +130,15 @@ def _writer(
 
 def describe(source: Source) -> tuple[table.Plan, gguf.GGUFWriter]:
     """The tensors of the file, and a writer that holds every key but `general.file_type`."""
-    architecture, config = table.find(source.config)
+    planned = table.plan(source.config, source.weights)
+    architecture, config = planned.architecture, planned.config
+    # First, though these keys come last: it tells what is wrong with the files that the rest reads too.
     vocabulary = gguf.GGUFWriter(None, architecture.name)
-    add_vocabulary(vocabulary, source.files, config)
-    tokens = vocabulary.kv_data[0]["tokenizer.ggml.tokens"].value
-    planned = table.plan(source.config, source.weights, vocabulary=len(tokens))
+    add_vocabulary(vocabulary, source.files, config, stops=stop_tokens(source))
     writer = gguf.GGUFWriter(None, architecture.name)
-    add_general(writer, source, [Stored(tensor.name, tensor.shape, Kind.F32) for tensor in planned.tensors])
+    add_general(writer, source, [TensorInfo(tensor.name, tensor.shape, Kind.F32) for tensor in planned.tensors])
     architecture.numbers(writer, config)
     writer.kv_data[0].update(vocabulary.kv_data[0])
-    if "general.name" in writer.kv_data[0]:
-        name = writer.kv_data[0]["general.name"]
-        name.value = fitting_name(name.value, source.files)
     return planned, writer
 
 
@@ -196,7 +193,7 @@ def _fill(
     for chunk, rows in _read_ahead(reader, tensors, kinds):
         for file_type, file in files.items():
             kind = kinds[file_type][chunk.tensor.name]
-            file.append(_encoded(rows, chunk, kind, reader.dtype(chunk.tensor), quantiser, importance))
+            file.append(_encoded(rows, chunk, kind, quantiser, importance))
         done += (chunk.stop - chunk.start) * chunk.tensor.columns * 4
         progress.rows(done // _MIB, total, "MiB")
 
@@ -238,11 +235,9 @@ def _read_ahead(
         pool.shutdown(cancel_futures=True)
 
 
-def _encoded(
-    rows: _Rows, chunk: _Chunk, kind: Kind, dtype: torch.dtype, quantiser: Quantiser, importance: Importance | None
-) -> np.ndarray:
+def _encoded(rows: _Rows, chunk: _Chunk, kind: Kind, quantiser: Quantiser, importance: Importance | None) -> np.ndarray:
     """The rows as the file holds them."""
-    if kind == _NATIVE.get(dtype):
+    if rows.native is not None and kind == _NATIVE[rows.native.dtype]:
         return rows.native.contiguous().view(torch.uint8).numpy()
     floats = rows.floats.numpy()
     weighed = importance is not None and kind not in _NATIVE.values() and chunk.tensor.name in importance
@@ -255,23 +250,26 @@ def _encoded(
         try:
             made.append(quantiser.quantise(floats[start - chunk.start : stop - chunk.start], kind, weights))
         except RowError as error:
-            raise _unfit(tensor, start + error.row, error.reason) from None
+            raise _unfit(tensor, start + error.row, error) from None
     return made[0] if len(made) == 1 else np.concatenate(made)
 
 
 def _require_finite(rows: Tensor, chunk: _Chunk) -> None:
     finite = torch.isfinite(rows).all(-1)  # (n,)
     if not finite.all():
-        raise _unfit(chunk.tensor, chunk.start + int(finite.int().argmin()), "holds NaN or infinity")
+        row = int(finite.int().argmin())
+        raise _unfit(chunk.tensor, chunk.start + row, RowError(row, NOT_FINITE))
 
 
-def _unfit(tensor: Planned, row: int, reason: str) -> ExportError:
+def _unfit(tensor: Planned, row: int, error: RowError) -> ExportError:
     sources = sorted({piece.tensor for piece in tensor.pieces})
     origin = sources[0] if len(sources) == 1 else f"{sources[0]} and {len(sources) - 1} more"
-    return ExportError(
-        f"{tensor.name} (of {origin}): row {row} {reason}.\n"
-        "Expected finite weights that the type can hold: look whether training diverged, or take bf16 or f32."
+    advice = (
+        "Expected finite weights, and no type holds others: look whether training diverged, or fetch the model again."
+        if error.reason == NOT_FINITE
+        else "Expected weights that the type can hold: take bf16 or f32, or look whether training diverged."
     )
+    return ExportError(f"{tensor.name} (of {origin}): row {row} {error.reason}.\n{advice}")
 
 
 def _summed(left_out: Mapping[str, str]) -> list[str]:

@@ -1,8 +1,10 @@
 """Architectures: which rows of the checkpoint a tensor of the file is made of, and what is refused."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from torch import Tensor
@@ -77,7 +79,6 @@ def test_how_rows_are_cut_changes_nothing(rows: int) -> None:
         reader = Reader(weights)
         cut = [reader.rows(tensor, start, min(start + rows, tensor.rows)) for start in range(0, tensor.rows, rows)]
         assert torch.equal(torch.cat(cut), whole)
-        assert cut[0].dtype == reader.dtype(tensor)
 
 
 def test_an_expert_that_several_reads_need_is_read_once() -> None:
@@ -153,12 +154,16 @@ def test_gemmas_head_is_the_embedding_or_nothing() -> None:
         plan({**config, "tie_word_embeddings": False}, weights)
 
 
-def test_rows_without_a_token_are_cut() -> None:
-    weights = wanted(llama())
-    shapes = {tensor.name: tensor.shape for tensor in plan(llama(), weights, vocabulary=300).tensors}
-    assert shapes["token_embd.weight"] == shapes["output.weight"] == (300, 64)
-    with pytest.raises(ExportError, match=r"321 tokens and model\.embed_tokens\.weight 320 rows"):
-        plan(llama(), weights, vocabulary=321)
+def test_a_checkpoint_without_its_models_prefix() -> None:
+    """As a model without its head saves itself: `layers.0…` for `model.layers.0…`."""
+    config = llama(tie_word_embeddings=True)
+    weights = wanted(config)
+    bare = Held({name.removeprefix("model."): tensor for name, tensor in weights.tensors.items()})
+    bare.tensors["rotary_emb.inv_freq"] = torch.ones(8)
+    planned = plan(config, bare)
+    assert [tensor.name for tensor in planned.tensors] == [tensor.name for tensor in plan(config, weights).tensors]
+    for there, here in zip(plan(config, weights).tensors, planned.tensors, strict=True):
+        assert torch.equal(Reader(weights).rows(there), Reader(bare).rows(here))
 
 
 def test_what_llama_cpp_does_otherwise_in_long_texts_is_said() -> None:
@@ -175,6 +180,17 @@ def test_what_llama_cpp_does_otherwise_in_long_texts_is_said() -> None:
     slides = {"use_sliding_window": True, "sliding_window": 32}
     assert "beyond 32 tokens" in notes("Qwen2Config", {**slides, "max_window_layers": 1}, "Qwen2ForCausalLM")[0]
     assert not notes("Qwen2Config", {**slides, "max_window_layers": 2}, "Qwen2ForCausalLM")
+
+
+def test_longropes_own_attention_factor_is_written() -> None:
+    """Without one it is √(1 + ln(512 / 128) / ln 128) = √(1 + 2 / 7)."""
+    kind, settings, _ = MODELS["phi3-longrope"]
+    for changes, wanted in (({}, math.sqrt(9 / 7)), ({"attention_factor": 1.25}, 1.25)):
+        changed = {**settings, "rope_parameters": {**settings["rope_parameters"], **changes}}
+        architecture, config = find(config_json(kind, changed, "Phi3ForCausalLM"))
+        writer = gguf.GGUFWriter(None, "phi3")
+        architecture.numbers(writer, config)
+        assert writer.kv_data[0]["phi3.rope.scaling.attn_factor"].value == pytest.approx(wanted)
 
 
 def test_an_unknown_architecture_names_the_nearest_and_all() -> None:
@@ -206,13 +222,13 @@ def test_a_broken_config_is_told(change: dict[str, Any]) -> None:
         ("gemma2", "Gemma2ForCausalLM", {"query_pre_attn_scalar": 64}, "query_pre_attn_scalar 64"),
         ("gemma2", "Gemma2ForCausalLM", {"attn_logit_softcapping": None}, "attn_logit_softcapping None"),
         ("gemma", "GemmaForCausalLM", {"rope_parameters": {"rope_theta": 5e4}}, "says none for gemma"),
-    ],
-)
-def test_what_llama_cpp_does_not_do_is_refused(
         ("gemma2", "Gemma2ForCausalLM", {"layer_types": 2 * ["full_attention"]}, "slides nowhere .sliding_window 32"),
         ("gemma3", "Gemma3ForCausalLM", {"layer_types": 7 * ["full_attention"]}, "slides nowhere"),
         ("qwen3-yarn", "Qwen3ForCausalLM", {"rope_parameters": {**YARN, "truncate": False}}, "truncate False of YaRN"),
         ("qwen3-yarn", "Qwen3ForCausalLM", {"rope_parameters": {**YARN, "beta_fast": 16}}, "beta_fast 16 of YaRN"),
+    ],
+)
+def test_what_llama_cpp_does_not_do_is_refused(
     name: str, architecture: str, changes: dict[str, Any], told: str
 ) -> None:
     kind, settings, _ = MODELS[name]

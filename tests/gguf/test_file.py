@@ -1,7 +1,7 @@
 """A GGUF file: what is written is read back, and what is not finished is not there."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import gguf
@@ -10,18 +10,18 @@ import pytest
 from gguf import GGMLQuantizationType as Kind
 
 from lite.errors import ExportError
-from lite.gguf.file import GgufFile, Stored, check_space
+from lite.gguf.file import GgufFile, TensorInfo, check_space
 
-TENSORS = [Stored("a", (5, 32), Kind.Q8_0), Stored("b", (3,), Kind.F32), Stored("c", (2, 3, 4), Kind.F16)]
+TENSORS = [TensorInfo("a", (5, 32), Kind.Q8_0), TensorInfo("b", (3,), Kind.F32), TensorInfo("c", (2, 3, 4), Kind.F16)]
 
 
-def a_file(path: Path, tensors: list[Stored] = TENSORS) -> GgufFile:
+def a_file(path: Path, tensors: list[TensorInfo] = TENSORS) -> GgufFile:
     writer = gguf.GGUFWriter(None, "llama")
     writer.add_uint32("some.key", 17)
     return GgufFile(path, writer, tensors)
 
 
-def written(path: Path, tensors: list[Stored] = TENSORS, parts: list[np.ndarray] | None = None) -> int:
+def written(path: Path, tensors: list[TensorInfo] = TENSORS, parts: list[np.ndarray] | None = None) -> int:
     """Write a whole file; its size."""
     with a_file(path, tensors) as file:
         for part in data() if parts is None else parts:
@@ -29,6 +29,18 @@ def written(path: Path, tensors: list[Stored] = TENSORS, parts: list[np.ndarray]
         size = file.sync()
         file.publish()
     return size
+
+
+def written_together(paths: list[Path]) -> None:
+    """Write several whole files, and only then give them their names."""
+    with ExitStack() as stack:
+        files = [stack.enter_context(a_file(path)) for path in paths]
+        for file in files:
+            for part in data():
+                file.append(part)
+            file.sync()
+        for file in files:
+            file.publish()
 
 
 def given_up(path: Path, error: type[BaseException]) -> None:
@@ -86,6 +98,14 @@ def test_what_is_not_finished_is_not_there(tmp_path: Path, error: type[BaseExcep
     assert path.read_text() == "the old one"
 
 
+def test_what_is_published_goes_where_the_rest_fails(tmp_path: Path) -> None:
+    """Several files are written together: none is left where one of them could not have its name."""
+    (tmp_path / "two.gguf").mkdir()
+    with pytest.raises(ExportError, match=r"two\.gguf cannot be written"):
+        written_together([tmp_path / "one.gguf", tmp_path / "two.gguf"])
+    assert [entry.name for entry in tmp_path.iterdir()] == ["two.gguf"]
+
+
 def test_a_file_is_not_published_before_it_is_whole(tmp_path: Path) -> None:
     with a_file(tmp_path / "model.gguf") as file:
         file.append(data()[0])
@@ -97,7 +117,7 @@ def test_a_file_is_not_published_before_it_is_whole(tmp_path: Path) -> None:
 
 def test_room_is_looked_for_first(tmp_path: Path) -> None:
     """A petabyte is not free; the files on one disk are counted together."""
-    huge = [Stored("a", (1 << 20, 1 << 28), Kind.F32)]
+    huge = [TensorInfo("a", (1 << 20, 1 << 28), Kind.F32)]
     with a_file(tmp_path / "one.gguf") as one, a_file(tmp_path / "two.gguf", huge) as two:
         check_space([one])
         with pytest.raises(ExportError, match=r"no room for one\.gguf, two\.gguf: 1048576\.00 GiB needed .* free"):
@@ -121,5 +141,5 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path, limit_bytes: int
     told = r"no room for model\.gguf: 0\.00 GiB needed for the tensors, .* GiB free"
     zeros = np.zeros((64, 64), np.float32)
     with pytest.raises(ExportError, match=told), limited(limit_bytes):
-        written(tmp_path / "model.gguf", [Stored("a", (64, 64), Kind.F32)], [zeros])
+        written(tmp_path / "model.gguf", [TensorInfo("a", (64, 64), Kind.F32)], [zeros])
     assert not list(tmp_path.iterdir())

@@ -1,6 +1,7 @@
 """Metadata: what a file says of where its model comes from."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import gguf
 import pytest
 from gguf import GGMLQuantizationType as Kind
 
-from lite.gguf.file import Stored
+from lite.gguf.file import TensorInfo
 from lite.gguf.metadata import add_general, counts
 from lite.merge.source import Source, source_of
 from tests.gguf.tiny import write_model
@@ -22,7 +23,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
 
 def general(source: Source) -> dict[str, Any]:
     writer = gguf.GGUFWriter(None, "qwen3")
-    add_general(writer, source, [Stored("token_embd.weight", (1000, 2500), Kind.F32)])
+    add_general(writer, source, [TensorInfo("token_embd.weight", (1000, 2500), Kind.F32)])
     return {name.removeprefix("general."): value.value for name, value in writer.kv_data[0].items()}
 
 
@@ -49,12 +50,37 @@ def test_sampling_settings_travel(source: Source, tmp_path: Path) -> None:
     assert found["sampling.top_k"] == 20
 
 
+@pytest.mark.parametrize(
+    ("card", "license_"),
+    [
+        ("---\nlicense: 4\ntags: [7, chat]\nmodel_name: 2026-01-02\nbase_model: {a: 1}\n---\n", "4"),
+        ("---\na: [\n---\n", None),
+    ],
+)
+def test_a_card_that_holds_no_text_or_no_yaml(
+    source: Source, tmp_path: Path, caplog: pytest.LogCaptureFixture, card: str, license_: str | None
+) -> None:
+    """What it says is written as text; one that cannot be read is left out with a warning."""
+    shutil.copytree(source.files, tmp_path / "model")
+    (tmp_path / "model" / "README.md").write_text(card)
+    writer = gguf.GGUFWriter(tmp_path / "keys.gguf", "qwen3")
+    add_general(writer, source_of(tmp_path / "model"), [])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    found = {name: entry.value for name, entry in writer.kv_data[0].items()}
+    assert found.get("general.license") == license_
+    assert found.get("general.tags") == (["7", "chat"] if license_ else None)
+    assert found["general.name"] == ("2026-01-02" if license_ else "Model")
+    assert ("its front matter is no YAML" in caplog.text) == (license_ is None)
+
+
 def test_parameters_are_counted_by_who_uses_them() -> None:
     """Two stacks of four experts of 6 numbers, and 10 that every token meets: 58, of which one expert 12."""
     stack = (4, 2, 3)
     tensors = [
-        Stored("blk.0.ffn_up_exps.weight", stack, Kind.F32),
-        Stored("blk.0.ffn_down_exps.weight", stack, Kind.F32),
-        Stored("blk.0.attn_q.weight", (2, 5), Kind.F32),
+        TensorInfo("blk.0.ffn_up_exps.weight", stack, Kind.F32),
+        TensorInfo("blk.0.ffn_down_exps.weight", stack, Kind.F32),
+        TensorInfo("blk.0.attn_q.weight", (2, 5), Kind.F32),
     ]
     assert counts(tensors) == (58, 10, 12, 4)

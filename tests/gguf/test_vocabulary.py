@@ -57,9 +57,14 @@ OTHERS = {
 
 
 def written(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+def stops_of(folder: Path) -> list[int]:
+    """Ids of a folder's stop tokens, which each here names in a list."""
+    return json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))["eos_token_id"]
+
+
     """The values of the tokenizer keys that a folder's tokenizer gets."""
     writer = gguf.GGUFWriter(None, "llama")
-    add_vocabulary(writer, folder, config)
+    add_vocabulary(writer, folder, config, stops=stops_of(folder))
     return json.loads(json.dumps(keys(writer)))
 
 
@@ -78,7 +83,7 @@ def test_the_keys_are_the_converters(name: str, folders: dict[str, tuple[Path, d
 
 def test_the_keys_that_are_others(folders: dict[str, tuple[Path, dict[str, Any]]]):
     gpt2 = written(*folders["gpt2"])
-    stops = json.loads((folders["gpt2"][0] / "generation_config.json").read_text())["eos_token_id"]
+    stops = stops_of(folders["gpt2"][0])
     assert [gpt2[key][1] for key in (STOPS, EOT, EOM)] == [stops, *stops]
     assert gpt2[BOS] == written(*folders["phi3"])[BOS] == ["BOOL", False]
     saved, own = written(*folders["llama2_saved"]), RECORDED["llama2_saved"]
@@ -101,7 +106,7 @@ def served(
 
     def vocabulary(writer: gguf.GGUFWriter) -> None:
         writer.add_name(fitting_name("tiny phi3 of mine", folder))
-        add_vocabulary(writer, folder, config)
+        add_vocabulary(writer, folder, config, stops=stops_of(folder))
 
     write_tiny_llama(path, vocabulary, config["vocab_size"])
     with llama.running(path) as file:
@@ -116,7 +121,9 @@ def test_llama_cpp_tokenises_as_transformers_does(served: tuple[str, Path, dict[
     expected = [tokenizer.tokenizer(probe, add_special_tokens=False)["input_ids"] for probe in probes]
     assert [file.tokenise(probe) for probe in probes] == expected
     left_out = {"tekken": 25, "gpt4o": 26, "llama2": 23, "llama2_saved": 23}.get(name, 2)
-    assert len(set(PROBES) - set(probes)) <= (left_out if name != "mistral3" else len(PROBES))
+    # mistral3 begins a text otherwise, so its strings all begin with its BOS.
+    bare = {probe.removeprefix("<s>") for probe in probes}
+    assert len(set(PROBES) - bare) <= left_out
 
 
 def test_a_chat_becomes_the_prompt_that_was_trained(served: tuple[str, Path, dict[str, Any], llama.Llama]):
@@ -131,7 +138,7 @@ def test_a_chat_becomes_the_prompt_that_was_trained(served: tuple[str, Path, dic
 def test_llama_cpp_stops_at_every_stop_token(served: tuple[str, Path, dict[str, Any], llama.Llama]):
     """Each is forced as the next token; an ordinary token forced so does not stop."""
     _, folder, _, file = served
-    stops = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+    stops = stops_of(folder)
     ordinary = read_tokenizer(folder).tokenizer("a", add_special_tokens=False)["input_ids"][-1]
 
     def ended(token: int) -> bool:
@@ -143,9 +150,8 @@ def test_llama_cpp_stops_at_every_stop_token(served: tuple[str, Path, dict[str, 
 
 @pytest.mark.parametrize("served", ["qwen2"], indirect=True)
 def test_bytes_come_back(served: tuple[str, Path, dict[str, Any], llama.Llama]):
-    file = served[-1]
-    for probe in PROBES:
-        assert file._asked("/detokenize", {"tokens": file.tokenise(probe)})["content"] == probe
+    file, text = served[-1], "\n".join(PROBES)
+    assert file._asked("/detokenize", {"tokens": file.tokenise(text)})["content"] == text
 
 
 @pytest.mark.parametrize("served", ["qwen2"], indirect=True)
@@ -232,7 +238,7 @@ def read_pieces_of(content: bytes, folder: Path) -> tuple[list[tuple[str, float,
 
 def test_what_cannot_be_written(tmp_path: Path):
     with pytest.raises(ExportError, match=r"there is no tokenizer\.json"):
-        written(tmp_path, {"vocab_size": 1})
+        read_tokenizer(tmp_path)
     config = known_tokenizers.gpt2(tmp_path)
     with pytest.raises(ExportError, match="3 tokens have no row in the embedding, which has 437"):
         written(tmp_path, config | {"vocab_size": 437})

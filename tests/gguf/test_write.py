@@ -12,17 +12,22 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from lite.errors import ExportError
 from lite.gguf import write as writing
 from lite.gguf.imatrix import Importance, Weighed
+from lite.gguf.llama import running
 from lite.gguf.quantise import Quantiser
 from lite.gguf.types import FILE_TYPES
 from lite.gguf.write import write
+from lite.merge.companions import stop_tokens
+from lite.merge.merge import merge
 from lite.merge.source import Source, source_of
 from lite.train.progress import Quiet
 from tests.gguf.record_converter import FIXTURE, TYPES, described
-from tests.gguf.tiny import MODELS, numbers, write_model
+from tests.gguf.tiny import MODELS, numbers, read_config, write_model
+from tests.merge.tiny_weights import write_adapter
 
 RECORDED = json.loads(gzip.decompress(FIXTURE.read_bytes()))["models"]
 # Where ours is not the converter's; test_vocabulary.py says more of the tokenizer.
@@ -127,7 +132,8 @@ def test_progress_ends_with_all(tmp_path: Path, qwen3: Source, monkeypatch: pyte
 def test_weights_that_are_no_numbers_are_named(tmp_path: Path, qwen3: Source, kind: str, value: float) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     poisoned = replace(qwen3, weights=Poisoned(qwen3, name, value))
-    with pytest.raises(ExportError, match=rf"blk\.1\.ffn_up\.weight \(of {name}\): row 79 holds NaN or infinity"):
+    told = rf"blk\.1\.ffn_up\.weight \(of {name}\): row 79 holds NaN or infinity.*\n.*no type holds others"
+    with pytest.raises(ExportError, match=told):
         write(poisoned, outputs(tmp_path, kind), threads=1)
     assert not list(tmp_path.iterdir())
 
@@ -135,11 +141,66 @@ def test_weights_that_are_no_numbers_are_named(tmp_path: Path, qwen3: Source, ki
 def test_numbers_beyond_half_precision_are_named(tmp_path: Path, qwen3: Source) -> None:
     """And bf16 holds them; a type that is written beside the one that cannot is not left behind."""
     poisoned = replace(qwen3, weights=Poisoned(qwen3, "model.layers.0.mlp.gate_proj.weight", 70_000.0))
-    with pytest.raises(ExportError, match="row 79 holds a number too large for F16"):
+    with pytest.raises(ExportError, match=r"row 79 holds a number too large for F16\.\n.*take bf16"):
         write(poisoned, outputs(tmp_path, "bf16", "f16"), threads=1)
     assert not list(tmp_path.iterdir())
     write(poisoned, outputs(tmp_path, "bf16"), threads=1)
     assert tensors_of(tmp_path / "bf16.gguf")["blk.0.ffn_gate.weight"].tensor_type == Kind.BF16
+
+
+def test_an_adapter_in_every_type(tmp_path: Path, qwen3: Source) -> None:
+    """Where it reaches, rows are float32 on a base in bf16: each type holds them as it would those of an fp32 model."""
+    live, stored = "blk.1.attn_q.weight", "model.layers.1.self_attn.q_proj.weight"
+    model = AutoModelForCausalLM.from_pretrained(qwen3.files, dtype=torch.bfloat16)
+    write_adapter(tmp_path / "adapter", model, target_modules=["q_proj"])
+    source = source_of(tmp_path / "adapter", base=qwen3.files)
+    truth = source.weights.rows(stored)  # (128, 64)
+    assert (truth.dtype, source.weights.dtype(stored)) == (torch.float32, torch.bfloat16)
+    merge(tmp_path / "adapter", tmp_path / "merged", base=qwen3.files)
+    write(source_of(tmp_path / "merged"), outputs(tmp_path / "merged", "bf16"), threads=1)
+    kinds = ("f32", "f16", "bf16", "q8_0")
+    write(source, outputs(tmp_path / "together", *kinds), threads=1)
+    held = {}
+    for kind in kinds:
+        write(source, outputs(tmp_path / "alone", kind), threads=1)
+        together, alone = (tmp_path / folder / f"{kind}.gguf" for folder in ("together", "alone"))
+        assert together.read_bytes() == alone.read_bytes()
+        held[kind] = tensors_of(alone)[live].data
+    assert np.array_equal(held["f32"], truth.numpy())
+    assert np.array_equal(held["f16"], truth.half().numpy())
+    assert np.array_equal(held["bf16"], tensors_of(tmp_path / "merged" / "bf16.gguf")[live].data)
+    with Quantiser(1) as quantiser:
+        assert np.array_equal(held["q8_0"], quantiser.quantise(truth.numpy(), Kind.Q8_0))
+
+
+@pytest.mark.parametrize("changes", [{"attention_factor": 1.0}, {"mscale": 1.0, "mscale_all_dim": 0.5}])
+def test_yarn_of_another_attention_factor(tiny: Path, tmp_path: Path, changes: dict[str, float]) -> None:
+    """llama.cpp says what transformers says. Left to itself, it is off by 0.26 and 0.13."""
+    folder = write_model(tiny / "factor", "qwen3-yarn", dtype=torch.float32)
+    config = read_config(folder)
+    config["rope_parameters"] |= changes
+    (folder / "config.json").write_text(json.dumps(config))
+    write(source_of(folder), outputs(tmp_path, "f32"), threads=1)
+    ids = [(7 * i * i + 3 * i) % 250 + 5 for i in range(120)]
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        expected = model(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+    with running(tmp_path / "f32.gguf", context=512, parallel=1) as file:
+        (found,) = file.next_tokens([ids], 320)
+    # Keys and values are kept in fp16.
+    torch.testing.assert_close(torch.from_numpy(found.logps), expected[found.ids], atol=2e-3, rtol=0)
+
+
+def test_it_stops_where_the_chat_template_ends_a_turn(tiny: Path) -> None:
+    """As the proof, a merge and a server do, though generation_config.json names another token alone."""
+    folder = write_model(tiny / "stops", "llama3")
+    turns = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<tool>\n' }}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(turns)
+    source = source_of(folder)
+    keys = writing.describe(source)[1].kv_data[0]
+    end = next(i for i, token in enumerate(keys["tokenizer.ggml.tokens"].value) if token in ("<tool>", b"<tool>"))
+    assert keys["tokenizer.ggml.eot_token_id"].value == end
+    assert keys["tokenizer.ggml.eos_token_ids"].value == stop_tokens(source) == [end, 2]
 
 
 def test_an_interrupt_leaves_what_was_there(tmp_path: Path, qwen3: Source) -> None:

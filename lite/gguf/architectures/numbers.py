@@ -65,9 +65,8 @@ def rotation(writer: gguf.GGUFWriter, config: Config) -> None:
         writer.add_rope_scaling_factor(turn["factor"])
         writer.add_rope_scaling_orig_ctx_len(turn["original_max_position_embeddings"])
         by_factor, wanted = _mscale(turn["factor"]), yarn_attention_factor(turn)
-        if not math.isclose(
-            wanted, by_factor
-        ):  # llama.cpp multiplies the one by this, and reads the keys below of none
+        if not math.isclose(wanted, by_factor):
+            # llama.cpp computes the one itself and multiplies it by this; of the keys below it reads none here.
             writer.add_rope_scaling_attn_factors(wanted / by_factor)
         for name, add in (
             ("extrapolation_factor", writer.add_rope_scaling_yarn_ext_factor),

@@ -17,7 +17,8 @@ from lite.spellings import nearest
 
 ARCHITECTURES = (LLAMA, QWEN2, QWEN3, QWEN2_MOE, QWEN3_MOE, GEMMA, GEMMA2, GEMMA3, PHI3)
 # Buffers that older checkpoints hold; what they say is in config.json too.
-_BUFFERS = re.compile(r"\.(rotary_emb\.inv_freq|attention\.masked_bias|attention\.bias)$")
+_BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attention\.masked_bias|attention\.bias)$")
+_BARE = re.compile(r"^(?=(embed_tokens|layers|norm)\.)")
 _IMAGES = re.compile(r"(^|\.)(vision_tower|multi_modal_projector|vision_model)\.")
 
 
@@ -56,10 +57,9 @@ def find(config: Mapping[str, Any]) -> tuple[Architecture, Config]:
     return architecture, whole
 
 
-def plan(config: Mapping[str, Any], weights: Weights, *, vocabulary: int | None = None) -> Plan:
+def plan(config: Mapping[str, Any], weights: Weights) -> Plan:
     """Every tensor of the file, each made of rows of the checkpoint, each of which is used or knowingly left out.
 
-    vocabulary: the tokens that the file will list; rows of the embedding and the head after them are cut.
     Raises ExportError listing every tensor that is missing, of another shape than config.json says, or unknown.
     """
     architecture, whole = find(config)
@@ -71,8 +71,6 @@ def plan(config: Mapping[str, Any], weights: Weights, *, vocabulary: int | None 
         tensors = [tensor for tensor in tensors if tensor.name != "output.weight"]
     tensors = [_respelled(tensor, spelled) for tensor in tensors]
     _check(tensors, shapes, left_out)
-    if vocabulary is not None and vocabulary != whole["vocab_size"]:
-        tensors = [_cut(tensor, vocabulary) for tensor in tensors]
     place = {name: number for number, name in enumerate(shapes)}
     # Experts are written when the last of them is read, as llama.cpp's converter does.
     tensors.sort(key=lambda tensor: max((place[piece.tensor] for piece in tensor.pieces), default=-1))
@@ -94,9 +92,13 @@ def _filled(config: Mapping[str, Any]) -> Config:
 
 
 def _spelling(names: frozenset[str]) -> dict[str, str]:
-    """By what name the checkpoint holds each tensor of a text model: those of models with images wrap it."""
+    """By what name the checkpoint holds each tensor of a text model.
+
+    Those of models with images wrap it, and a model that was saved without its head has no `model.` before its names.
+    """
     return {
-        name.replace("model.language_model.", "model.")
+        _BARE.sub("model.", name)
+        .replace("model.language_model.", "model.")
         .replace("language_model.model.", "model.")
         .replace("language_model.lm_head", "lm_head"): name
         for name in names
@@ -147,16 +149,3 @@ def _check(tensors: list[Planned], shapes: Mapping[str, tuple[int, ...]], left_o
         problems,
         "Expected the config.json and the weights of one model: take both from where it was saved.",
     )
-
-
-def _cut(tensor: Planned, vocabulary: int) -> Planned:
-    """The first rows of an embedding or a head: as many as there are tokens."""
-    if tensor.name not in ("token_embd.weight", "output.weight"):
-        return tensor
-    (piece,) = tensor.pieces
-    if vocabulary > piece.stop:
-        raise ExportError(
-            f"The tokenizer has {vocabulary:,} tokens and {piece.tensor} {piece.stop:,} rows. Expected a row for each "
-            "token: resize the embedding, or take the tokenizer that the model was trained with."
-        )
-    return replace(tensor, shape=(vocabulary, tensor.columns), pieces=(replace(piece, stop=vocabulary),))

@@ -35,6 +35,16 @@ def gguf(file_type: str = "q8_0") -> Path:
 
 
 @functools.cache
+def plain() -> tuple[Path, Path]:
+    """The bundled model without its chat template, and a file of the type f32 of that."""
+    model = folder() / "plain"
+    shutil.copytree(BUNDLED_MODEL, model, ignore=shutil.ignore_patterns("chat_template.jinja"))
+    path = folder() / "plain.gguf"
+    write(source_of(model), {FILE_TYPES["f32"]: path})
+    return model, path
+
+
+@functools.cache
 def tokenizer() -> PreTrainedTokenizerBase:
     """The bundled model's."""
     return AutoTokenizer.from_pretrained(str(BUNDLED_MODEL))

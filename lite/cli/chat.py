@@ -5,6 +5,7 @@ import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from lite import signatures
 from lite.cli import options
 from lite.cli.console import console
 from lite.cli.options import Setting
-from lite.cli.serving import BASE, CONTEXT, NAME, THREADS, check
+from lite.cli.serving import BASE, CONTEXT, NAME, PLAIN, THREADS, check
 from lite.errors import LiteError, RecipeError, raise_collected
 
 if TYPE_CHECKING:
@@ -69,6 +70,10 @@ def main(arguments: Sequence[str]) -> int:
     chosen = {key: given[key] for key in Sampling._fields if key in given}
     with _speakers(given) as speakers:
         chat = Chat(speakers, Sampling(**chosen), given.get("system"))
+        if chat.plain:
+            print(PLAIN, file=sys.stderr)
+        if isinstance(sys.stdin, TextIOWrapper):
+            sys.stdin.reconfigure(errors="replace")  # one byte that is no text need not end the conversation
         return _talk(chat) if sys.stdin.isatty() and sys.stdout.isatty() else _answer_lines(chat)
 
 

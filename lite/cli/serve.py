@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lite.cli.options import Setting
-from lite.cli.serving import BASE, CONTEXT, NAME, THREADS, check
+from lite.cli.serving import BASE, CONTEXT, NAME, PLAIN, THREADS, check
 from lite.errors import RecipeError, raise_collected
 from lite.spellings import nearest
 
@@ -119,6 +119,8 @@ def _exported(given: Mapping[str, Any]) -> tuple[Path, str]:
 
 def _tell(server: "Llama", alias: str, door: "Door") -> None:
     """Where it answers, and what to type to try it."""
+    from lite.serve.file import takes_plain_text
+
     body = json.dumps({"model": alias, "messages": [{"role": "user", "content": "Hello!"}]})
     key = ["-H", "Authorization: Bearer KEY"] if door.api_key else []
     curl = shlex.join(["curl", f"{server.address}/v1/chat/completions", *key, "-d", body])
@@ -126,6 +128,8 @@ def _tell(server: "Llama", alias: str, door: "Door") -> None:
     print(f"{alias} answers at {server.address}/v1", flush=True)
     print(f"  {curl}", file=sys.stderr)
     print(f'  openai.OpenAI(base_url="{server.address}/v1", api_key="{secret}")', file=sys.stderr)
+    if takes_plain_text(server):
+        print(PLAIN, file=sys.stderr)
     print("Ctrl-C ends it.", file=sys.stderr, flush=True)
 
 

@@ -17,6 +17,7 @@ THREADS = Setting(
     "threads", int, ("--threads",), "INTEGER", "Of a GGUF.", ("at least 1", "default: all cores"), "Machine"
 )
 BASE = Setting("base", str, ("--base",), "DIR", "Where the run's base lies, if not where it was.", (), "Machine")
+PLAIN = "no chat template: what is said goes to the model as plain text, one after the other"
 # Key → whether a value will do.
 LIMITS = {
     "max_tokens": lambda value: value >= 1, "temperature": lambda value: 0 <= value < float("inf"),

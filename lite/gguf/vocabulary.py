@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 # Model types whose `add_prefix_space` of tokenizer_config.json llama.cpp's converter writes as it is.
 LLAMA_TYPES = ("llama", "mistral", "mixtral")
+# The chat template of a model without: to a file that has none llama.cpp talks in ChatML, which such a model never saw.
+PLAIN_TEXT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ def add_vocabulary(writer: gguf.GGUFWriter, files: Path, config: Mapping[str, An
     if prefix is not None:
         writer.add_add_space_prefix(prefix)
     add_special_tokens(writer, tokenizer, config, vocabulary.tokens, stops)
+    if not tokenizer.tokenizer.chat_template:
+        writer.add_chat_template(PLAIN_TEXT)
 
 
 def same_probes(files: Path, config: Mapping[str, Any]) -> tuple[str, ...]:

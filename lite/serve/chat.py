@@ -34,6 +34,11 @@ class Chat:
         """Of the speakers."""
         return [conversation.speaker.name for conversation in self.conversations]
 
+    @property
+    def plain(self) -> bool:
+        """Whether a speaker has no chat template."""
+        return any(conversation.speaker.plain for conversation in self.conversations)
+
     def command(self, line: str) -> Said | None:
         """Do what a line says that begins with a slash; None of a line that is for the speakers."""
         if not line.startswith("/"):
@@ -51,7 +56,8 @@ class Chat:
             for conversation in self.conversations:
                 conversation.system = rest.strip() or None
             self._begin_anew()
-            return Said(f"a new conversation, {'with this' if rest.strip() else 'without a'} system prompt")
+            how = " as text before it: the model has no chat template" if rest.strip() and self.plain else ""
+            return Said(f"a new conversation, {'with this' if rest.strip() else 'without a'} system prompt{how}")
         known = [name.split()[0] for name in COMMANDS]
         near = nearest(word, known)
         hint = f" Did you mean {near}?" if near else ""

@@ -22,6 +22,7 @@ class Speaker(Protocol):
 
     name: str  # for people
     context: int  # tokens, of prompt and answer together
+    plain: bool  # whether it has no chat template: what was said is its prompt as it is, one text after the other
 
     def tokens(self, turns: Turns) -> int:
         """How many tokens the conversation is as a prompt."""

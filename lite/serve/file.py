@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lite.errors import ExportError
 from lite.gguf import llama
 from lite.gguf.llama import Llama
 from lite.serve.conversation import Sampling, Turns
@@ -18,6 +19,7 @@ class FileSpeaker:
     def __init__(self, name: str, file: Llama, context: int) -> None:
         self.name = name
         self.context = context
+        self.plain = takes_plain_text(file)
         self._file = file
 
     def tokens(self, turns: Turns) -> int:
@@ -36,6 +38,15 @@ def speaking(path: Path, *, context: int = llama.CONTEXT, threads: int | None = 
     """The file, loaded while this is open. Raises ExportError in llama.cpp's words if it cannot be."""
     with llama.running(path, context=context, parallel=1, threads=threads) as file:
         yield FileSpeaker(path.stem, file, min(context, file.facts["n_ctx_train"]))
+
+
+def takes_plain_text(file: Llama) -> bool:
+    """Whether the file's chat template adds nothing to what is said: lite writes that one for a model without."""
+    said = "Hello"
+    try:
+        return file.rendered([{"role": "user", "content": said}]) == said
+    except ExportError:  # a template that refuses it is one
+        return False
 
 
 def is_gguf(path: Path) -> bool:

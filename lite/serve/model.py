@@ -39,6 +39,11 @@ class ModelSpeaker:
     stop_ids: Sequence[int]
     adapted: bool = True  # whether its adapter, if it has one, is on
 
+    @property
+    def plain(self) -> bool:
+        """Whether it has no chat template."""
+        return self.template.source is None
+
     def tokens(self, turns: Turns) -> int:
         """How many tokens the conversation is as a prompt."""
         return len(self._prompt(turns))
@@ -48,9 +53,9 @@ class ModelSpeaker:
         yield from text_of(self.tokenizer, self._words(self._prompt(turns), sampling))
 
     def _prompt(self, turns: Turns) -> list[int]:
-        """Ids; of a model that knows no turns, the text of the last one."""
+        """Ids; of a model that knows no turns, their texts one after the other, as in training."""
         if self.template.source is None:
-            return [*self.template.bos, *encode(self.tokenizer, [turns[-1]["content"]])[0]]
+            return [*self.template.bos, *encode(self.tokenizer, ["".join(turn["content"] for turn in turns)])[0]]
         try:
             text = render(self.tokenizer, self.template.source, turns, generation_prompt=True)
         except BadRow as error:

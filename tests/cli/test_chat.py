@@ -16,6 +16,7 @@ from tests import served
 
 LITE = [sys.executable, "-c", "from lite.cli import main; raise SystemExit(main())"]
 LIMIT_S = 60
+PROMPT_S = 0.5  # after it is shown: Python hears a Ctrl-C that comes before it waits for keys at the next key only
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
@@ -31,6 +32,28 @@ def test_every_line_of_a_pipe_is_answered(monkeypatch: pytest.MonkeyPatch, capsy
     assert len(out.splitlines()) == 2
     assert "Paris" in out.splitlines()[0]
     assert err == "a new conversation, with this system prompt\n"
+
+
+def test_a_model_without_a_template_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed = "/system Be kind.\nOnce upon a time\n"
+    assert _piped([str(served.plain()[1]), "--temperature", "0", "--max-tokens", "4"], typed, monkeypatch) == 0
+    assert capsys.readouterr().err == (
+        "no chat template: what is said goes to the model as plain text, one after the other\n"
+        "a new conversation, with this system prompt as text before it: the model has no chat template\n"
+    )
+
+
+def test_a_byte_that_is_no_text_is_one_unknown_character(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed = "What is the capital of \xe9\nWhat is 2 and 2?\n".encode("latin-1")
+    for errors in ("strict", "surrogateescape"):  # as Python opens stdin in a locale of UTF-8, and in C's
+        stdin = io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8", errors=errors)
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert main(["chat", str(served.gguf()), "--temperature", "0", "--max-tokens", "8"]) == 0
+        assert len(capsys.readouterr().out.splitlines()) == 2
 
 
 def test_base_and_tuned_answer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
@@ -80,9 +103,11 @@ def test_ctrl_c_ends_an_answer_and_twice_leaves() -> None:
         terminal.type("/help\n")
         terminal.until("/system TEXT")
         terminal.until("> ")
+        time.sleep(PROMPT_S)
         terminal.type("\x03")
         terminal.until("Ctrl-C once more leaves.")
         terminal.until("> ")
+        time.sleep(PROMPT_S)
         terminal.type("\x03")
         assert terminal.process.wait(timeout=30) == 130
 

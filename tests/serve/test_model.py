@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from lite.errors import ModelError
 from lite.model.catalog import BUNDLED_MODEL
+from lite.serve import file
 from lite.serve.conversation import Sampling
 from lite.serve.model import BASE, TUNED, ModelSpeaker, speaking
 from tests import served
@@ -61,6 +62,26 @@ def _said(speaker: ModelSpeaker, text: str):
     from lite.serve.model import text_of
 
     return text_of(speaker.tokenizer, iter(speaker.tokenizer(text)["input_ids"]))
+
+
+def test_without_a_template_model_and_file_go_on_from_plain_text() -> None:
+    """The prompt is what was said, text after text, as training with chat_template none has prompt and completion."""
+    model, path = served.plain()
+    turns = [{"role": "system", "content": "Be kind. "}, *TURNS, {"role": "assistant", "content": " Paris"}]
+    turns.append({"role": "user", "content": ".\nThe capital of"})
+    ids = served.tokenizer()(f"Be kind. {served.QUESTION} Paris.\nThe capital of")["input_ids"]
+    with speaking(str(model), machine=MACHINE) as (whole,), file.speaking(path, context=256) as other:
+        assert whole.plain
+        assert other.plain
+        assert whole.tokens(turns) == other.tokens(turns) == len(ids)
+        said = "".join(other.answer(turns, GREEDY))
+        assert said == "".join(whole.answer(turns, GREEDY)) != ""
+        asked = torch.tensor([ids])
+        how = {"attention_mask": torch.ones_like(asked), "max_new_tokens": 40, "do_sample": False}
+        out = whole.model.generate(input_ids=asked, **how)
+        assert said == served.tokenizer().decode(out[0, len(ids) :], skip_special_tokens=True)
+    with speaking(str(BUNDLED_MODEL), machine=MACHINE) as (speaker,):
+        assert not speaker.plain
 
 
 def test_there_must_be_something_to_compare_with() -> None:

@@ -11,6 +11,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -110,30 +111,40 @@ def test_ctrl_c_ends_it_though_an_answer_is_under_way(guarded: Served) -> None:
         client.models.list()
 
 
-def test_an_adapter_is_exported_and_served(capsys: pytest.CaptureFixture) -> None:
+def test_a_trained_run_is_exported_and_served(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Without a key, which a client need not know then; in this process, which has torch loaded already."""
+    run = tmp_path / "tuned"
+    assert main(["orpo", "--max-steps", "8", "--samples", "0", "--output-dir", str(run)]) == 0
+    capsys.readouterr()
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    answers = []
+    answers, pieces = [], []
 
     def ask() -> None:
         import openai
 
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=100)
+        asked = {"model": "tuned", "messages": TURNS, "temperature": 0, "max_tokens": 60}
         try:
-            answers.append(client.chat.completions.create(model="tuned", messages=TURNS, max_tokens=5))
+            answers.append(client.chat.completions.create(**asked))
+            stream = client.chat.completions.create(**asked, stream=True)
+            pieces.extend(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
         finally:
             os.kill(os.getpid(), signal.SIGTERM)
 
     asking = threading.Thread(target=ask)
     asking.start()
-    status = main(["serve", str(served.adapter()), "--no-check", "--port", str(port)])
+    status = main(["serve", str(run), "--no-check", "--port", str(port)])
     asking.join()
     out, err = capsys.readouterr()
     assert status == 0
     assert out == f"tuned answers at http://127.0.0.1:{port}/v1\n"
     assert "exporting tuned to q8_0, once" in err
-    assert 0 < answers[0].usage.completion_tokens <= 5
+    assert list(run.glob("serve/tuned-q8_0-*.gguf"))
+    assert "Paris" in answers[0].choices[0].message.content
+    assert answers[0].choices[0].finish_reason == "stop"
+    assert len([piece for piece in pieces if piece]) > 3
+    assert "".join(pieces) == answers[0].choices[0].message.content
 
 
 def test_another_engine_is_told_by_its_command(capsys: pytest.CaptureFixture) -> None:

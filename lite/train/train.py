@@ -171,8 +171,9 @@ def _go_back(folder: Path, progress: Progress) -> Path | None:
 def _save_adapter(work: Work, folder: Path) -> None:
     """The adapter, and what a server needs to stop where the training data did: tokenizer, template, stop tokens."""
     adapters.save(work.model, folder)
-    if work.recipe.chat_template not in (AUTO, NONE):
-        work.tokenizer.chat_template = Path(work.recipe.chat_template).read_text(encoding="utf-8")
+    template = work.recipe.chat_template
+    if template != AUTO:
+        work.tokenizer.chat_template = None if template == NONE else Path(template).read_text(encoding="utf-8")
     work.tokenizer.save_pretrained(str(folder))
     settings = unwrapped(work.model).generation_config.to_dict() | {"eos_token_id": list(work.data.stop_ids)}
     settings.pop("_from_model_config", None)  # or a loader would take the model's own stop tokens over these

@@ -117,6 +117,13 @@ def test_the_adapter_stands_alone(recipe: Callable, tiny: Path) -> None:
     assert run.result["eval_after"]["eval_logps/chosen"] == pytest.approx(sum(means) / 3, rel=1e-5)
 
 
+def test_a_run_on_plain_text_leaves_no_template(recipe: Callable) -> None:
+    """Whoever talks to it later must not wrap what is said in the base's template."""
+    run = train(recipe(chat_template="none", max_steps=1))
+    assert AutoTokenizer.from_pretrained(str(run.adapter)).chat_template is None
+    assert trained_with.read(run.adapter).chat_template is None
+
+
 def test_padded_batches_learn_the_same(recipe: Callable, tmp_path: Path) -> None:
     packed = train(recipe())
     padded = train(recipe(attn_implementation="padded", output_dir=str(tmp_path / "padded")))

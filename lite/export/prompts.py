@@ -1,5 +1,6 @@
 """What an exported file is asked: prompts with answers along which next words are compared, and conversations."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -7,18 +8,24 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from lite.data.examples import Messages, TokenExample
-from lite.data.prepare import prepare
+from lite.data.prepare import Prepared, prepare
 from lite.data.problems import BadRow
 from lite.data.source import STDIN
-from lite.data.template import encode, read_template, render
+from lite.data.template import AUTO, NONE, encode, read_template, render
 from lite.errors import DataError, LiteError
+from lite.gguf.architectures.architecture import Config
+from lite.gguf.architectures.numbers import rope
 from lite.judge.rows import read_all
 from lite.merge.source import Source
-from lite.recipe import BUNDLED, Recipe
+from lite.recipe import Recipe
+from lite.train import run
 
 PROMPTS = 16  # at most
-MOST_TOKENS = 384  # of a prompt with its answer; longer rows are left out
+MOST_TOKENS, LEAST_TOKENS = 384, 16  # of a prompt with its answer; longer rows are cut
 ROOM = 80  # tokens of the model's context that stay free for what is generated
+LONG_TOKENS = 1536  # of the one long case, at most
+LONG_POSITIONS = 8  # at its end
+BEYOND = 64  # tokens that it is longer than a sliding window
 QUESTIONS = (
     "What is the capital of France?",
     "Write a short poem about the sea.",
@@ -68,39 +75,87 @@ def cases_of(source: Source, tokenizer: PreTrainedTokenizerBase, data: str | Non
     Raises DataError if `data` is named and cannot be read.
     """
     if data is not None:
-        return Cases(_chosen(rows_of(source, tokenizer, data), source), f"rows of {data}")
+        return _of_rows(rows_of(source, tokenizer, data), f"rows of {data}", source)
     notes = []
     if source.recipe is not None:
         try:
-            cases = _chosen(_held_out(source.recipe, tokenizer, source), source)
+            prepared = run_rows(source, tokenizer)
+            if prepared.held_out:
+                origin, told = _origin(source, prepared)
+                return _of_rows(prepared.held_out, origin, source, told)
         except (LiteError, OSError) as error:
-            cases = []
             notes.append(f"the run's rows cannot be read: {str(error).splitlines()[0]}")
-        if cases:
-            return Cases(cases, f"held-out rows of {source.recipe.data}")
         notes.append("lite's own prompts were asked, not held-out rows of the run")
     return Cases(_own(tokenizer), "lite's own prompts", notes)
 
 
-def _held_out(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, source: Source) -> list[TokenExample]:
-    if STDIN in (recipe.data, recipe.eval_data):
-        raise DataError("they came from stdin")
-    alone = recipe.eval_data or (BUNDLED if recipe.data == BUNDLED else None)
-    # Rows that were split off the training data are found by reading all of it.
-    return rows_of(source, tokenizer, alone) if alone else prepare(recipe, tokenizer).held_out
+def long_case(cases: Sequence[Case], config: Config) -> Case | None:
+    """The cases one after another, and again, to where a sliding window has left the first or positions are scaled.
+
+    config: with its defaults, as `architectures.table.find` has it. None of a model that has neither.
+    """
+    window = config.get("sliding_window")
+    slides = window and "sliding_attention" in (config.get("layer_types") or ["sliding_attention"])
+    scaled = rope(config)["rope_type"] != "default"
+    if not (slides or scaled):
+        return None
+    length = min(LONG_TOKENS, config["max_position_embeddings"], LONG_TOKENS if scaled else window + BEYOND)
+    tokens = [token for case in cases for token in (*case.prompt, *(case.answer or ()))]
+    ids = tuple(itertools.islice(itertools.cycle(tokens), length))
+    return Case(ids[:-LONG_POSITIONS], ids[-LONG_POSITIONS:])
+
+
+def run_rows(source: Source, tokenizer: PreTrainedTokenizerBase) -> Prepared:
+    """The rows that a run was trained on and those that it held out, as its data has them now.
+
+    Raises DataError if they cannot be read: they came from stdin, or are gone.
+    """
+    assert source.recipe is not None
+    _require_file(source.recipe.data, source.recipe.eval_data)
+    return prepare(_with_own_template(source.recipe), tokenizer)
 
 
 def rows_of(source: Source, tokenizer: PreTrainedTokenizerBase, data: str) -> list[TokenExample]:
     """The rows of a file that can be read, as tokens, under the run's template. Raises DataError if there are none."""
-    recipe = source.recipe or Recipe()
+    _require_file(data)
     asked = {"data": data, "skip_bad_rows": True, "allow_dropped": True}
-    return read_all(recipe.model_copy(update=asked), tokenizer).tokens
+    return read_all(_with_own_template(source.recipe or Recipe()).model_copy(update=asked), tokenizer).tokens
 
 
-def _chosen(rows: Sequence[TokenExample], source: Source) -> list[Case]:
-    most = min(MOST_TOKENS, source.config.get("max_position_embeddings", MOST_TOKENS) - ROOM)
-    fitting = [row for row in rows if len(row.prompt) + len(row.completions[0]) <= most]
-    return [Case(row.prompt, row.completions[0]) for row in fitting[:PROMPTS]]
+def _require_file(*paths: str | None) -> None:
+    if STDIN in paths:
+        raise DataError("The rows come from stdin, which is read once. Expected a file: --data FILE.")
+
+
+def _with_own_template(recipe: Recipe) -> Recipe:
+    """A template of the run's is in the model's own folder by now, wherever its file was."""
+    return recipe.model_copy(update={"chat_template": NONE if recipe.chat_template == NONE else AUTO})
+
+
+def _origin(source: Source, prepared: Prepared) -> tuple[str, list[str]]:
+    """How the run's held-out rows are called: by that name only while its data is what it was."""
+    recipe = source.recipe
+    if prepared.digest == run.data_digest(source.folder):
+        return f"held-out rows of {recipe.data}", []
+    name = recipe.eval_data or recipe.data
+    return f"rows of {name}", [f"{name} has changed since the run: some rows may be those it was trained on"]
+
+
+def _of_rows(rows: Sequence[TokenExample], origin: str, source: Source, notes: Sequence[str] = ()) -> Cases:
+    """The first rows; of a long one the end of the prompt and the start of the answer."""
+    most = max(LEAST_TOKENS, min(MOST_TOKENS, source.config.get("max_position_embeddings", MOST_TOKENS) - ROOM))
+    taken = [(row.prompt, row.completions[0]) for row in rows[:PROMPTS]]
+    long = sum(len(prompt) + len(answer) > most for prompt, answer in taken)
+    told = [f"{long} of {len(taken)} rows were cut to {most} tokens"] if long else []
+    return Cases([_cut(prompt, answer, most) for prompt, answer in taken], origin, [*notes, *told])
+
+
+def _cut(prompt: Sequence[int], answer: Sequence[int], most: int) -> Case:
+    """The first token of the prompt is kept, for it may be BOS."""
+    answer = answer[: max(most // 2, most - len(prompt))]
+    room = most - len(answer)
+    kept = prompt if len(prompt) <= room else (*prompt[:1], *prompt[len(prompt) - room + 1 :])
+    return Case(tuple(kept), tuple(answer))
 
 
 def _own(tokenizer: PreTrainedTokenizerBase) -> list[Case]:

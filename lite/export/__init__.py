@@ -4,7 +4,8 @@ One file a target, each with `names`, `write` and `check`: safetensors.py, gguf.
 ollama.py, gptq.py (GPTQ and AWQ, in a process of their own: quantised_apart.py). order.py is what is asked for, and
 export.py the story: written aside, proved, and only then named.
 
-proof.py compares a GGUF with the model that it was made of: prompts.py says what is asked, logits.py runs the model
-with one module's weights in memory, importance.py has it read rows for an importance matrix. ollama_template.py finds
-the chat template in Go, go_template.py and go_pipeline.py run it as Ollama would, modelfile.py is the file around it.
+proof.py compares GGUFs with the model that they were made of: prompts.py says what is asked, logits.py runs the model
+with one module's weights in memory, closeness.py measures how near its next words are, and findings.py has it in words.
+importance.py has the model read rows for an importance matrix. ollama_template.py finds the chat template in Go,
+go_template.py and go_pipeline.py run it as Ollama would, modelfile.py is the file around it.
 """

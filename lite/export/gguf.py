@@ -49,9 +49,10 @@ def write(source: Source, staging: Path, names: list[str], order: Order, progres
 
 def check(source: Source, staging: Path, names: list[str], order: Order, progress: Progress) -> dict[str, Any]:
     """What the proof of each file found."""
+    files = {staging / name: kind for kind, name in zip(file_types(order.types), names, strict=True)}
     found = {}
-    for kind, name in zip(file_types(order.types), names, strict=True):
-        report = prove(staging / name, source, kind, data=order.data, threads=order.threads, progress=progress)
+    reports = prove(files, source, data=order.data, threads=order.threads, progress=progress)
+    for name, report in zip(names, reports, strict=True):
         told = report.to_dict()
         problems, notes = told.pop("problems"), told.pop("notes")
         found[name] = {"proof": told, "problems": problems, "notes": notes}

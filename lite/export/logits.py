@@ -1,7 +1,7 @@
 """What a source's model says next, by transformers, with the weights of one module in memory at a time.
 
 The model is built without weights. Before a module runs, its weights are read from the source; after it, they are
-gone. All sequences go through together, so that a model of any size is read once.
+gone. The sequences go through together, so that a model of any size is read once for them.
 """
 
 import math
@@ -23,24 +23,36 @@ HEAD_BYTES = 64 * 2**20  # of the head's rows in fp32 at once
 STACKED = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("down_proj",), ("w2",))}
 MIXTRAL = ("mlp", "block_sparse_moe")  # transformers' name of the block, and the checkpoint's
 PLACEHOLDER = 0  # the token that pads
+TOGETHER_TOKENS = 1024  # of a sequence that goes with others, at most
 
 
-def next_logps(source: Source, sequences: Sequence[Sequence[int]], at: Sequence[Sequence[int]]) -> Tensor:
-    """Log-probability of every token of the vocabulary after the positions `at` of each sequence.
+def next_states(source: Source, sequences: Sequence[Sequence[int]], at: Sequence[Sequence[int]]) -> list[Tensor]:
+    """What the model's head is given after the positions `at` of each sequence: (positions, D) float32 of each.
 
-    Returns (N, V) float32, nats, on the CPU: position by position, sequence by sequence. Computed in fp32 with eager
-    attention, on a GPU if there is one. Raises ExportError if weights that the model needs are not there.
+    Computed in fp32 with eager attention, on a GPU if there is one, where it stays. Raises ExportError if weights that
+    the model needs are not there.
     """
-    longest = max(map(len, sequences))
-    # Padding comes after a sequence, where no causal model sees it.
-    ids = torch.tensor([[*sequence, *[PLACEHOLDER] * (longest - len(sequence))] for sequence in sequences])  # (B, T)
-    model, device = streamed(source, ids)
-    head = _head_names(model, source.weights)
+    # A long one goes alone: among the short ones it would have all of them padded to its length.
+    short = [i for i, sequence in enumerate(sequences) if len(sequence) <= TOGETHER_TOKENS]
+    batches = [*([short] if short else []), *([i] for i in range(len(sequences)) if i not in short)]
+    found: dict[int, Tensor] = {}
+    for batch in batches:
+        longest = max(len(sequences[i]) for i in batch)
+        # Padding comes after a sequence, where no causal model sees it.
+        padded = [[*sequences[i], *[PLACEHOLDER] * (longest - len(sequences[i]))] for i in batch]
+        ids = torch.tensor(padded)  # (B, T)
+        model, device = streamed(source, ids)
+        with torch.inference_mode():
+            hidden = backbone(model)(input_ids=ids.to(device), use_cache=False).last_hidden_state  # (B, T, D)
+            found |= {i: hidden[row, list(at[i])] for row, i in enumerate(batch)}
+    return [found[i] for i in range(len(sequences))]
+
+
+def next_logps(source: Source, states: Tensor) -> Tensor:
+    """Log-probability of every token of the vocabulary after each state (N, D): (N, V) float32, nats, on the CPU."""
+    head = _head_names(_skeleton(source, torch.device("cpu")), source.weights)
     with torch.inference_mode():
-        hidden = backbone(model)(input_ids=ids.to(device), use_cache=False).last_hidden_state  # (B, T, D)
-        picked = torch.cat([hidden[row, list(places)] for row, places in enumerate(at)])  # (N, D)
-        del hidden
-        logits = _logits(picked, source, head)
+        logits = _logits(states, source, head)
         logits -= logits.logsumexp(-1, keepdim=True)  # in place: the whole of it is large
         return logits.cpu()
 
@@ -143,7 +155,7 @@ def _head_names(model: PreTrainedModel, weights: Weights) -> list[str]:
 
 
 def _logits(hidden: Tensor, source: Source, head: Sequence[str]) -> Tensor:
-    """(N, V) of the hidden states (N, D), with the model's scale and cap."""
+    """(N, V) of the hidden states (N, D), with the model's cap."""
     name, *bias = head
     rows, width = source.weights.shapes[name]
     at_once = max(1, HEAD_BYTES // (4 * width))
@@ -156,6 +168,5 @@ def _logits(hidden: Tensor, source: Source, head: Sequence[str]) -> Tensor:
     )
     if bias:
         logits += source.weights.rows(bias[0]).to(logits.device, logits.dtype)
-    logits *= (source.config.get("logit_scale") or 1.0) / (source.config.get("logits_scaling") or 1.0)
     cap = source.config.get("final_logit_softcapping")
     return logits if not cap or math.isinf(cap) else cap * torch.tanh(logits / cap)

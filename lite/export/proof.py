@@ -1,140 +1,168 @@
 """The proof of a GGUF: llama.cpp loads it, and says what the model that it was made of says.
 
-Four things are compared: how text becomes tokens, how a conversation becomes a prompt, what comes next after real
-prompts, and whether answers end. The model speaks through transformers, from the very weights that were written.
+Five things are compared: the keys, how text becomes tokens, how a conversation becomes a prompt, what comes next after
+real prompts, and where answers end. The model speaks through transformers, from the very weights that were written, and
+is read once for all files.
 """
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import gguf
+import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from lite.data.problems import BadRow
 from lite.data.template import encode, render
 from lite.errors import ExportError
-from lite.export.logits import next_logps
-from lite.export.prompts import CONVERSATIONS, Case, cases_of
+from lite.export.closeness import TIE, bound_of, divergences, regret
+from lite.export.findings import Differences, Report, problems
+from lite.export.logits import next_logps, next_states
+from lite.export.prompts import CONVERSATIONS, Case, Cases, cases_of, long_case
 from lite.gguf import llama
 from lite.gguf.architectures.table import find
 from lite.gguf.llama import Answer, Distribution, Llama
+from lite.gguf.probes import PROBES, special_probes
 from lite.gguf.types import FileType
 from lite.gguf.vocabulary import same_probes
-from lite.merge.companions import stop_tokens
+from lite.gguf.write import describe
+from lite.merge.companions import load_tokenizer, stop_tokens
 from lite.merge.source import Source
 from lite.train.progress import Progress, Quiet
 
 TOP = 256  # tokens of the file's distribution that are compared one by one; the rest as one
 POSITIONS_EACH = 20  # of one prompt, at which distributions are compared
-TIE = 0.05  # nats: a token that the model holds so close to its likeliest is as good; bf16 logits are no finer
 ANSWER_TOKENS = 64  # within which an answer has to end, where the model ends it
 OPEN_ANSWERS = 4  # of the answers that the file did not end, that are looked at
-SHOWN = 3  # differences of a kind that are spelled out
 
 
-class Bound(NamedTuple):
-    """What a file of some bits per weight must reach."""
+class Walk(NamedTuple):
+    """A prompt with an answer, and the positions after which next words are compared."""
 
-    bits: float  # from so many on
-    agreement: float  # share of positions at which the likeliest token is the same, ties apart
-    divergence: float  # mean KL(model ‖ file), nats
-
-
-# Near what llama.cpp's authors measured of Llama-3-8B on WikiText (tools/perplexity/README.md: mean KL 0.0014 for q8_0,
-# 0.011 q5_k_m, 0.031 q4_k_m, 0.10 q3_k_m, 0.45 q2_k), with room for smaller models. A fault costs whole nats.
-BOUNDS = (
-    Bound(8, 0.99, 0.01),
-    Bound(5.5, 0.95, 0.05),
-    Bound(4.8, 0.90, 0.12),
-    Bound(4, 0.86, 0.2),
-    Bound(3.2, 0.70, 0.6),
-    Bound(0, 0.45, 2.0),
-)
+    ids: tuple[int, ...]
+    places: tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Report:
-    """What the comparison found."""
+class _Asked:
+    """What every file is asked, and what is known of its model without running it."""
 
-    file_type: str
-    strings: int  # that were tokenised
-    differing_strings: int
-    conversations: int  # that were rendered; 0 without a chat template
-    differing_conversations: int
-    prompts: str  # where they are from
-    positions: int  # at which distributions were compared
-    agreement: float  # share of them where the file's likeliest token is the model's, or within TIE of it
-    agreement_exact: float  # share of them where it is the model's
-    divergence: float  # mean KL(model ‖ file), nats: a lower bound that is all but exact (see `divergences`)
-    worst_divergence: float  # of one position, nats
-    bound_agreement: float
-    bound_divergence: float
-    answers: int  # that were generated, greedily
-    ended: int  # of them, those that the file ended by a stop token
-    endless: int  # of the first few that it did not end, those that the model would have ended
-    seconds: float
-    problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    tokenizer: PreTrainedTokenizerBase
+    strings: Sequence[str]
+    cases: Cases
+    long: Case | None
+    stops: Sequence[int]
+    keys: Mapping[str, Any]
+    left_out: int  # strings that are not asked
 
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
-        return asdict(self)
+    @property
+    def context(self) -> int:
+        """Tokens."""
+        every = [*self.cases.cases, *([self.long] if self.long else [])]
+        longest = max(len(case.prompt) + len(case.answer or ()) for case in every)
+        return max(llama.CONTEXT, longest + 2 * ANSWER_TOKENS)
 
 
-def bound_of(file_type: FileType) -> Bound:
-    """What a file of the type must reach."""
-    return next(bound for bound in BOUNDS if file_type.bits >= bound.bits)
+@dataclass(frozen=True)
+class _Heard:
+    """What one file said."""
+
+    differences: Differences
+    conversations: int
+    ended: int  # answers, by a stop token and at the first
+    walks: Sequence[Walk]
+    said: Sequence[Distribution]  # at every place of the walks
+    open_ends: Mapping[int, Walk]  # along the first answers that did not end, by the number of the prompt
 
 
 def prove(
-    path: Path,
+    files: Mapping[Path, FileType],
     source: Source,
-    file_type: FileType,
     *,
     data: str | None = None,
-    lora: Sequence[Path] = (),
     threads: int | None = None,
     progress: Progress | None = None,
-) -> Report:
-    """Compare a GGUF with its source. What is not as it should be is in the report's `problems`; nothing is raised.
+) -> list[Report]:
+    """Compare GGUF files with their source, a report of each. What is not as it should be is in its `problems`.
 
-    data: rows whose prompts to ask; None: those that the run held out, else prompts of lite's own. lora: adapters in
-    GGUF to put on the file. Raises ExportError if llama.cpp cannot load it, or the source cannot be run.
+    data: rows whose prompts to ask; None: those that the run held out, else prompts of lite's own. Raises ExportError
+    if llama.cpp cannot load a file, or the source cannot be run.
     """
     progress, began = progress or Quiet(), time.monotonic()
-    tokenizer = AutoTokenizer.from_pretrained(str(source.files))
-    asked, stops = cases_of(source, tokenizer, data), stop_tokens(source)
-    longest = max(len(case.prompt) + len(case.answer or ()) for case in asked.cases)
-    context = max(llama.CONTEXT, longest + 2 * ANSWER_TOKENS)
-    with llama.running(path, context=context, parallel=1, threads=threads, lora=lora) as file:
-        progress.stage(f"{path.name}: tokens and prompts as llama.cpp has them")
-        strings, texts = _tokenisation(file, tokenizer, same_probes(source.files, find(source.config)[1]))
-        conversations, prompts = _rendering(file, tokenizer)
-        progress.stage(f"{path.name}: next words after {len(asked.cases)} prompts")
-        answers = file.greedy([case.prompt for case in asked.cases], max_tokens=ANSWER_TOKENS)
-        walks = [_along(case, answer) for case, answer in zip(asked.cases, answers, strict=True)]
-        said = _file_says(file, walks, progress)
+    asked = _asked(source, data)
+    heard = [_heard(path, kind, asked, threads, progress) for path, kind in files.items()]
     progress.stage(f"{source.name}: next words by the model itself")
+    walks = list(dict.fromkeys(walk for one in heard for walk in (*one.walks, *one.open_ends.values())))
+    states = next_states(source, [walk.ids for walk in walks], [walk.places for walk in walks])
+    found = dict(zip(walks, states, strict=True))
+    seconds = time.monotonic() - began
+    reports = []
+    for kind, one in zip(files.values(), heard, strict=True):
+        both = [*one.walks, *one.open_ends.values()]
+        model = next_logps(source, torch.cat([found[walk] for walk in both]))
+        reports.append(_report(kind, one, asked, model, seconds))
+    return reports
+
+
+def _asked(source: Source, data: str | None) -> _Asked:
+    tokenizer, config = load_tokenizer(source.files), find(source.config)[1]
+    strings, cases = same_probes(source.files, config), cases_of(source, tokenizer, data)
+    every = {*PROBES, *special_probes(tokenizer.all_special_tokens)}
+    keys = {name: value.value for name, value in describe(source)[1].kv_data[0].items()}
+    long = long_case(cases.cases, config)
+    return _Asked(tokenizer, strings, cases, long, stop_tokens(source), keys, len(every - {*strings}))
+
+
+def _heard(path: Path, kind: FileType, asked: _Asked, threads: int | None, progress: Progress) -> _Heard:
+    cases = asked.cases.cases
+    # Keys and values of attention in fp16 would be rounded more than the weights of an f16 file.
+    with llama.running(path, context=asked.context, parallel=1, threads=threads, exact=not kind.quantised) as file:
+        progress.stage(f"{path.name}: tokens and prompts as llama.cpp has them")
+        strings = _tokenisation(file, asked.tokenizer, asked.strings)
+        conversations, prompts = _rendering(file, asked.tokenizer)
+        stops = [f"at token {stop}" for stop in asked.stops if not file.ends_at(stop)]
+        progress.stage(f"{path.name}: next words after {len(cases)} prompts")
+        answers = file.greedy([case.prompt for case in cases], max_tokens=ANSWER_TOKENS)
+        walks = [_along(case, answer) for case, answer in zip(cases, answers, strict=True)]
+        if asked.long is not None:
+            walks.append(_along(asked.long, None))
+        said = _file_says(file, walks, progress)
+    passed = [i for i, answer in enumerate(answers) if not {*answer.ids[:-1]}.isdisjoint(asked.stops)]
+    stops += [f"after prompt {i + 1} it goes on behind one of {list(asked.stops)}" for i in passed]
     # An answer that ended is well; of those that did not, a few tell whether the model would have ended them.
     open_ones = [i for i, answer in enumerate(answers) if not answer.stopped][:OPEN_ANSWERS]
-    ends = {i + 1: _along(Case(asked.cases[i].prompt), answers[i], most=None) for i in open_ones}
-    both = [*walks, *ends.values()]
-    model = next_logps(source, [walk.ids for walk in both], [walk.places for walk in both])
-    compared = len(said)
-    regrets = regret(model[:compared], said)
-    found, bound = divergences(model[:compared], said), bound_of(file_type)
-    unended = endless(model[compared:].argmax(-1), {number: len(walk.places) for number, walk in ends.items()}, stops)
+    return _Heard(
+        Differences(other_keys(path, asked.keys), strings, prompts, stops, ()),
+        conversations,
+        sum(answer.stopped and i not in passed for i, answer in enumerate(answers)),
+        walks,
+        said,
+        {i + 1: _along(Case(cases[i].prompt), answers[i], most=None) for i in open_ones},
+    )
+
+
+def _report(kind: FileType, heard: _Heard, asked: _Asked, model: Tensor, seconds: float) -> Report:
+    """model (N, V): log-probabilities at every place of the walks, then of the open ends."""
+    compared, bound, notes = len(heard.said), bound_of(kind), list(asked.cases.notes)
+    if not heard.ended:
+        notes.append(f"no answer ended within {ANSWER_TOKENS} tokens: that they do is known of forced tokens alone")
+    found = divergences(model[:compared], heard.said)
+    regrets = regret(model[:compared], heard.said)
+    lengths = {number: len(walk.places) for number, walk in heard.open_ends.items()}
+    differences = replace(heard.differences, endless=endless(model[compared:].argmax(-1), lengths, asked.stops))
     report = Report(
-        file_type=file_type.name,
-        strings=strings,
-        differing_strings=len(texts),
-        conversations=conversations,
-        differing_conversations=len(prompts),
-        prompts=asked.origin,
+        file_type=kind.name,
+        strings=len(asked.strings),
+        differing_strings=len(differences.strings),
+        left_out_strings=asked.left_out,
+        conversations=heard.conversations,
+        differing_conversations=len(differences.conversations),
+        prompts=asked.cases.origin,
         positions=compared,
         agreement=float((regrets <= TIE).double().mean()),
         agreement_exact=float((regrets == 0).double().mean()),
@@ -142,53 +170,43 @@ def prove(
         worst_divergence=float(found.max()),
         bound_agreement=bound.agreement,
         bound_divergence=bound.divergence,
-        answers=len(answers),
-        ended=sum(answer.stopped for answer in answers),
-        endless=len(unended),
-        seconds=round(time.monotonic() - began, 1),
-        notes=asked.notes,
+        answers=len(asked.cases.cases),
+        ended=heard.ended,
+        endless=len(differences.endless),
+        stops=len(asked.stops),
+        seconds=round(seconds, 1),
+        notes=notes,
     )
-    return replace(report, problems=_problems(report, texts, prompts, unended))
+    return replace(report, problems=problems(report, differences, quantised=kind.quantised))
 
 
-def regret(model: Tensor, file: Sequence[Distribution]) -> Tensor:
-    """How much less likely than its own likeliest token the model holds the file's, (N,) float32, nats; 0: the same."""
-    likeliest = torch.tensor([int(one.ids[0]) for one in file])
-    return model.amax(-1) - model.gather(-1, likeliest[:, None])[:, 0]
+def other_keys(path: Path, planned: Mapping[str, Any]) -> list[str]:
+    """A line for each key that the file has otherwise than planned, or not at all."""
+    fields, lines = gguf.GGUFReader(path).fields, []
+    for name, value in planned.items():
+        found = fields[name].contents() if name in fields else None
+        if not _same(found, value):
+            lines.append(f"{name} is {found!r:.40}, not {value!r:.40}")
+    return lines
 
 
-def divergences(model: Tensor, file: Sequence[Distribution]) -> Tensor:
-    """KL(model ‖ file) at each position, (N,) float64, nats, from whole logs of p (N, V) and the file's likeliest.
-
-    Σ p·log(p/q) over the file's `top` tokens, the rest taken as one: a lower bound (grouping outcomes loses, never
-    gains), and exact where all tokens are listed. What is lost is at most the p of the rest times its own divergence.
-    """
-    found = []
-    for logps, listed in zip(model.double(), file, strict=True):
-        p, log_q = logps[torch.from_numpy(listed.ids)], torch.from_numpy(listed.logps).double()
-        total = (p.exp() * (p - log_q)).sum()
-        if len(listed.ids) < len(logps):
-            rest_p, rest_q = (1 - p.exp().sum()).clamp(min=0), (1 - log_q.exp().sum()).clamp(min=1e-12)
-            total += torch.special.xlogy(rest_p, rest_p / rest_q)
-        found.append(total)
-    return torch.stack(found)
+def _same(found: Any, planned: Any) -> bool:
+    """As a file has it: text is UTF-8, and floats are float32."""
+    if isinstance(planned, (list, tuple)):
+        return isinstance(found, list) and len(found) == len(planned) and all(map(_same, found, planned))
+    if isinstance(planned, float):
+        return found is not None and np.float32(found) == np.float32(planned)
+    return found == (planned.decode() if isinstance(planned, bytes) else planned)
 
 
-class Walk(NamedTuple):
-    """A prompt with an answer, and the positions after which next words are compared."""
-
-    ids: tuple[int, ...]
-    places: list[int]
-
-
-def _along(case: Case, answer: Answer, *, most: int | None = POSITIONS_EACH) -> Walk:
+def _along(case: Case, answer: Answer | None, *, most: int | None = POSITIONS_EACH) -> Walk:
     """Along the case's own answer, or along the file's: `most` positions, evenly, that of the end of turn too."""
     following = case.answer or tuple(answer.ids)
     places = range(len(case.prompt) - 1, len(case.prompt) + len(following) - 1)
-    if most is None or len(places) <= most:
-        return Walk((*case.prompt, *following), list(places))
-    step = (len(places) - 1) / (most - 1)
-    return Walk((*case.prompt, *following), [places[round(i * step)] for i in range(most)])
+    if most is not None and len(places) > most:
+        step = (len(places) - 1) / (most - 1)
+        places = [places[round(i * step)] for i in range(most)]
+    return Walk((*case.prompt, *following), tuple(places))
 
 
 def _file_says(file: Llama, walks: Sequence[Walk], progress: Progress) -> list[Distribution]:
@@ -201,11 +219,11 @@ def _file_says(file: Llama, walks: Sequence[Walk], progress: Progress) -> list[D
     return said
 
 
-def _tokenisation(file: Llama, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> tuple[int, list[str]]:
-    """How many strings were tokenised, and a line for each that llama.cpp cuts otherwise."""
+def _tokenisation(file: Llama, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[str]:
+    """A line for each string that llama.cpp cuts otherwise."""
     expected = encode(tokenizer, texts)
     found = [file.tokenise(text) for text in texts]
-    return len(texts), [
+    return [
         f"{text!r:.60}: llama.cpp has tokens {_part(ids, own)}, the tokenizer {_part(own, ids)}"
         for text, ids, own in zip(texts, found, expected, strict=True)
         if ids != own
@@ -261,30 +279,3 @@ def endless(likeliest: Tensor, lengths: Mapping[int, int], stops: Sequence[int])
             where = int(stopping[0]) + 1
             lines.append(f"prompt {number}: the model ends it as token {where}, the file not within {ANSWER_TOKENS}")
     return lines
-
-
-def _problems(report: Report, texts: Sequence[str], prompts: Sequence[str], unended: Sequence[str]) -> list[str]:
-    problems = []
-    if texts:
-        problems.append(f"{len(texts)} of {report.strings} strings become other tokens: {_first(texts)}")
-    if prompts:
-        problems.append(
-            f"{len(prompts)} of {report.conversations} conversations become another prompt: {_first(prompts)}"
-        )
-    if not report.agreement >= report.bound_agreement:
-        problems.append(
-            f"the likeliest next token is the model's at {report.agreement:.1%} of {report.positions} positions; "
-            f"{report.file_type} is bound to {report.bound_agreement:.0%}"
-        )
-    if not report.divergence <= report.bound_divergence:
-        problems.append(
-            f"mean KL(model ‖ file) is {report.divergence:.4f} nats; {report.file_type} is bound to "
-            f"{report.bound_divergence:g}"
-        )
-    if unended:
-        problems.append(f"{len(unended)} of {report.answers} answers do not end: {_first(unended)}")
-    return problems
-
-
-def _first(lines: Sequence[str]) -> str:
-    return "; ".join([*lines[:SHOWN], *(["…"] if len(lines) > SHOWN else [])])

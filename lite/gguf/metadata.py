@@ -13,6 +13,7 @@ from typing import Any
 
 import gguf
 
+from lite.errors import ExportError
 from lite.gguf.file import TensorInfo
 from lite.gguf.special_tokens import fitting_name
 from lite.gguf.types import FileType
@@ -21,6 +22,7 @@ from lite.merge.source import Source
 log = logging.getLogger(__name__)
 
 _SAMPLING = "sampling_"
+_WHOLE = ("top_k", "penalty_last_n", "mirostat")
 
 
 def add_general(writer: gguf.GGUFWriter, source: Source, tensors: Sequence[TensorInfo]) -> None:
@@ -73,10 +75,20 @@ def _texts(found: gguf.Metadata) -> dict[str, Any]:
 
 
 def _sampling(files: Path) -> dict[str, Any]:
-    """The settings of generation_config.json by which an answer is drawn."""
-    settings = gguf.Metadata.load_generation_config(files)
-    names = [field.name for field in fields(gguf.Metadata) if field.name.startswith(_SAMPLING)]
-    return {name: settings.get(name.removeprefix(_SAMPLING).replace("temp", "temperature")) for name in names}
+    """The settings of generation_config.json by which an answer is drawn. Raises ExportError for what is no number."""
+    settings, found = gguf.Metadata.load_generation_config(files), {}
+    for field in fields(gguf.Metadata):
+        key = field.name.removeprefix(_SAMPLING).replace("temp", "temperature")
+        value = settings.get(key) if field.name.startswith(_SAMPLING) else None
+        if value is None:
+            continue
+        if key == "sequence":
+            found[field.name] = str(value)
+        elif isinstance(value, int | float):
+            found[field.name] = int(value) if key in _WHOLE else float(value)
+        else:
+            raise ExportError(f"{files / 'generation_config.json'}: {key} is {value!r}. Expected a number, or nothing.")
+    return found
 
 
 def _base(name: str) -> dict[str, str]:

@@ -10,6 +10,7 @@ import gguf
 import pytest
 from gguf import GGMLQuantizationType as Kind
 
+from lite.errors import ExportError
 from lite.gguf.file import TensorInfo
 from lite.gguf.metadata import add_general, counts
 from lite.merge.source import Source, source_of
@@ -44,10 +45,14 @@ def test_a_run_is_named_as_it_is_and_names_its_base(source: Source) -> None:
 def test_sampling_settings_travel(source: Source, tmp_path: Path) -> None:
     for path in source.files.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    (tmp_path / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "top_k": 20, "eos_token_id": 2}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "top_k": 20.0, "top_p": None}))
     found = general(replace(source, name="a-run", files=tmp_path))
     assert found["sampling.temp"] == 0.6
     assert found["sampling.top_k"] == 20
+    assert isinstance(found["sampling.top_k"], int)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"top_k": "many"}))
+    with pytest.raises(ExportError, match="top_k is 'many'"):
+        general(replace(source, name="a-run", files=tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ Three things decide where to look: an adapter lies on a base, whose folder the r
 own tokenizer, template and stop tokens, which are compared with what it was trained with; a model has all of it.
 """
 
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,6 +20,7 @@ from lite.merge.weights import Merged, Weights
 from lite.model import catalog, trained_with
 from lite.model.load import compute_dtype
 from lite.model.origin import folder_of
+from lite.model.trained_with import json_object
 from lite.recipe import BUNDLED, Recipe
 from lite.train import run
 from lite.train.interrupt import command
@@ -123,13 +123,14 @@ def _of_model(name: str, base: str | Path | None, onto: str) -> Source:
 
 
 def _of_folder(folder: Path, name: str) -> Source:
-    config = _plain(_json(folder / "config.json"))
+    config = _plain(json_object(folder / "config.json"))
     return Source(name, Checkpoint.open(folder), config, folder, folder=folder, base=folder)
 
 
 def _merged(adapter: Path, origin: Path, onto: str, recipe: Recipe | None) -> dict[str, Any]:
     """What a Source says of an adapter on the base in the folder `origin`."""
     base = Checkpoint.open(origin)
+    trained_with.require_base(adapter, origin)
     below: Weights = base
     stored = {}
     several = recipe is not None and (recipe.load_in_4bit or recipe.load_in_8bit)
@@ -142,7 +143,7 @@ def _merged(adapter: Path, origin: Path, onto: str, recipe: Recipe | None) -> di
         below = Quantised(base, origin, dtype=_trained_in(adapter.parent, recipe), four_bit=recipe.load_in_4bit)
         stored = {name: base.dtype(name) for name in base.shapes}
     weights = Merged(below, Adapter.open(adapter))
-    config = _plain(_json(origin / "config.json"))
+    config = _plain(json_object(origin / "config.json"))
     if weights.untied:
         config["tie_word_embeddings"] = False
     return {
@@ -160,7 +161,7 @@ def _trained_in(folder: Path, recipe: Recipe) -> torch.dtype:
     """The compute dtype of the run in `folder`, which may have been trained on another machine than this one."""
     if recipe.dtype != "auto":
         return compute_dtype(recipe)
-    machine = _json(folder / run.ENVIRONMENT)
+    machine = json_object(folder / run.ENVIRONMENT)
     on_cpu = machine["device"] == "cpu"
     # Of a GPU its name is known; those that lite trains on multiply bf16, but for Turing's and older ones.
     fast = not on_cpu or not {"avx512_bf16", "amx_bf16"}.isdisjoint(machine["cpu_features"])
@@ -251,21 +252,14 @@ def _refuse(name: str, base: str | Path | None, onto: str, why: str) -> None:
 
 
 def _quantised(folder: Path) -> bool:
-    return "quantization_config" in _json(folder / "config.json")
+    return "quantization_config" in json_object(folder / "config.json")
 
 
 def _identity(folder: Path) -> Mapping[str, Any]:
-    return _json(folder / run.IDENTITY).get("model") or {}
+    return json_object(folder / run.IDENTITY).get("model") or {}
 
 
 def _settings(adapter: Path) -> dict[str, Any]:
     if not (adapter / ADAPTER_CONFIG).is_file():
         raise ExportError(f"{adapter}: there is no {ADAPTER_CONFIG} in it. Expected the adapter that a run leaves.")
-    return _json(adapter / ADAPTER_CONFIG)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{path}: cannot be read: {error}. Expected a JSON object.") from None
+    return json_object(adapter / ADAPTER_CONFIG)

@@ -1,5 +1,6 @@
 """Where a model's numbers come from: the folder of its files, how they are quantised, the dtype that computes."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -9,6 +10,8 @@ from huggingface_hub import try_to_load_from_cache
 from lite.model import catalog
 from lite.model.load import compute_dtype, device
 from lite.recipe import Recipe
+
+SAMPLES, SAMPLE_BYTES = 16, 64 * 2**10  # of a shard, for the mark of its weights
 
 
 class Origin(NamedTuple):
@@ -45,6 +48,42 @@ def folder_of(recipe: Recipe) -> Path | None:
         return None
     config = try_to_load_from_cache(name, "config.json", revision=recipe.revision)
     return Path(config).parent if isinstance(config, str) and _has_weights(Path(config).parent) else None
+
+
+def weights_mark(folder: Path) -> str | None:
+    """What tells the weights in a model's folder from others of the same shapes: how they are quantised, and a digest.
+
+    The digest is of each shard's header and of 64 KiB at 16 places spread evenly over it: it costs no reading of
+    the whole. None of weights that are not in safetensors files, or cannot be read.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    try:
+        paths = _shards(folder)
+        for path in paths:
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                digest.update(file.read(min(int.from_bytes(file.read(8), "little"), size)))
+                begin = file.tell()
+                for i in range(SAMPLES):
+                    file.seek(begin + max(size - begin - SAMPLE_BYTES, 0) * i // (SAMPLES - 1))
+                    digest.update(file.read(SAMPLE_BYTES))
+        stored = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+        quantised = stored.get("quant_method", "bitsandbytes") if stored else "plain"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return f"{quantised}:{digest.hexdigest()}" if paths else None
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The safetensors files that a model's weights are read from."""
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    if (index := folder / "model.safetensors.index.json").is_file():
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        return [folder / name for name in sorted(set(names))]
+    return [
+        path for path in sorted(folder.glob("*.safetensors")) if not path.name.startswith(("adapter_", "consolidated"))
+    ]
 
 
 def _has_weights(folder: Path) -> bool:

@@ -1,18 +1,24 @@
 """What a model's weights were trained with, and mean nothing without: its tokenizer, chat template and stop tokens.
 
 The files lie beside the weights, in an adapter's folder or a model's. A record of them, trained_with.json, is written
-when training ends and goes along wherever they go; whoever opens the folder compares the two.
+when training ends and goes along wherever they go; whoever opens the folder compares the two. An adapter's record has
+a mark of its base's weights too.
 """
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lite.errors import ExportError, raise_collected
+from lite.model.origin import weights_mark
 
 RECORD = "trained_with.json"
 GENERATION = "generation_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+NAMED_TEMPLATES = "additional_chat_templates"
+BASE = "base"  # in the record: origin.weights_mark of what an adapter was trained on
 # Without a tokenizer.json, of which files a tokenizer is made.
 PARTS = ("tokenizer.model", "spiece.model", "tekken.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json")
 # Of tokenizer_config.json, what changes a text's ids beside tokenizer.json.
@@ -35,20 +41,19 @@ def record_of(folder: Path) -> Record:
     Raises ExportError naming each file that is no JSON.
     """
     settings, tokenizer, generation = (
-        _read(folder / name) for name in ("tokenizer_config.json", "tokenizer.json", GENERATION)
+        _read(folder / name) for name in (TOKENIZER_CONFIG, "tokenizer.json", GENERATION)
     )
-    stops = generation.get("eos_token_id")
     return Record(
         _tokenizer_digest(folder, tokenizer, settings),
         _digest(text) if (text := chat_template(folder)) is not None else None,
-        sorted(stops if isinstance(stops, list) else [] if stops is None else [stops]),
+        sorted(stop_tokens(generation, folder / GENERATION)),
     )
 
 
-def write(folder: Path) -> None:
-    """Write the record of the files in `folder` beside them."""
-    text = json.dumps(record_of(folder)._asdict(), indent=1) + "\n"
-    (folder / RECORD).write_text(text, encoding="utf-8")
+def write(folder: Path, base: str | None = None) -> None:
+    """Write the record of the files in `folder` beside them. base: the mark of what an adapter was trained on."""
+    record = record_of(folder)._asdict() | ({BASE: base} if base else {})
+    (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def read(folder: Path) -> Record | None:
@@ -57,7 +62,7 @@ def read(folder: Path) -> Record | None:
     if not path.is_file():
         return None
     try:
-        return Record(**_read(path))
+        return Record(**{key: value for key, value in _read(path).items() if key != BASE})
     except TypeError:
         raise ExportError(
             f"{path}: expected {', '.join(Record._fields)}. Delete it to go on without knowing what was trained with."
@@ -85,18 +90,65 @@ def require_same(folder: Path) -> None:
     )
 
 
+def require_base(folder: Path, base: Path) -> None:
+    """Raise ExportError if the weights in `base` are not those that the adapter in `folder` was trained on.
+
+    All is well where that is not known, and where one of the two is quantised: what it was made from is no other base.
+    """
+    told, here = _read(folder / RECORD).get(BASE), weights_mark(base)
+    if not isinstance(told, str) or here is None or told == here or told.split(":")[0] != here.split(":")[0]:
+        return
+    raise ExportError(
+        f"{folder}: the adapter belongs to another base: {base} has other weights than it was trained on, though "
+        "they may be of the same shapes.\nExpected the base that adapter_config.json names as base_model_name_or_path: "
+        "say where it lies by --base DIR. If these are the same\nweights stored in another way, delete "
+        f'"{BASE}" from {folder / RECORD}.'
+    )
+
+
+def stop_tokens(settings: Mapping[str, Any], path: Path) -> list[int]:
+    """The ids in `eos_token_id` of a config: one, several or none. Raises ExportError, naming its path, for others."""
+    value = settings.get("eos_token_id")
+    ids = list(value) if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(one) is int for one in ids):
+        raise ExportError(f"{path}: eos_token_id = {value!r}. Expected the id of a token, or a list of ids.")
+    return ids
+
+
 def chat_template(folder: Path) -> str | None:
-    """The text of the folder's chat template, wherever it is kept; of several the default one; None without one."""
-    alone = folder / "chat_template.jinja"
-    if alone.is_file():
-        return alone.read_text(encoding="utf-8")
-    for name in ("tokenizer_config.json", "chat_template.json"):
-        found = _read(folder / name).get("chat_template")
+    """The text of the folder's chat template, where transformers 5.24's tokenizers find it; of several the default one.
+
+    None without one. Files go before tokenizer_config.json; chat_template.json is read by processors alone.
+    """
+    named = folder / NAMED_TEMPLATES
+    for alone in (named / "default.jinja", folder / "chat_template.jinja"):
+        if alone.is_file():
+            return alone.read_text(encoding="utf-8")
+    found = None if any(named.glob("*.jinja")) else _read(folder / TOKENIZER_CONFIG).get("chat_template")
+    try:
         if isinstance(found, list):
-            found = {one["name"]: one["template"] for one in found}.get("default")
-        if found is not None:
-            return str(found)
-    return None
+            found = {one["name"]: one["template"] for one in found}
+        if isinstance(found, dict):
+            found = found.get("default")
+        if found is None or isinstance(found, str):
+            return found
+    except (KeyError, TypeError):
+        pass
+    raise ExportError(
+        f"{folder / TOKENIZER_CONFIG}: chat_template is neither a text nor a list of names and templates, each "
+        '{"name": …, "template": …}. Put it back as the model came with it.'
+    )
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ExportError if there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{path}: cannot be read: {error}. Expected a JSON object.") from None
+    if not isinstance(found, dict):
+        raise ExportError(f"{path}: a {type(found).__name__}. Expected a JSON object.")
+    return found
 
 
 def _tokenizer_digest(folder: Path, tokenizer: dict[str, Any], settings: dict[str, Any]) -> str | None:
@@ -105,13 +157,15 @@ def _tokenizer_digest(folder: Path, tokenizer: dict[str, Any], settings: dict[st
         found: Any = {name: hashlib.blake2b(content, digest_size=16).hexdigest() for name, content in parts.items()}
     else:
         found = {key: value for key, value in tokenizer.items() if key not in PASSING}
-        merges = found.get("model", {}).get("merges")
-        if merges:  # older files have "a b" where newer ones have ["a", "b"]
-            pairs = [one.split(" ") if isinstance(one, str) else one for one in merges]
-            found["model"] = {**found["model"], "merges": pairs}
+        model = found.get("model")
+        if isinstance(model, dict) and model.get("merges"):  # older files have "a b" where newer ones have ["a", "b"]
+            pairs = [one.split(" ") if isinstance(one, str) else one for one in model["merges"]]
+            found["model"] = {**model, "merges": pairs}
     if not found:
         return None
     special = {name: settings[name] for name in SWITCHES if settings.get(name) is not None}
+    if broken := [name for name, value in special.items() if isinstance(value, dict) and "content" not in value]:
+        raise ExportError(f"{folder / TOKENIZER_CONFIG}: {', '.join(broken)} without content. Expected a token's text.")
     special = {name: value["content"] if isinstance(value, dict) else value for name, value in special.items()}
     return _digest(json.dumps([found, special], sort_keys=True, ensure_ascii=False))
 
@@ -121,13 +175,4 @@ def _digest(text: str) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A JSON file's object; {} where there is no file."""
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{path}: cannot be read: {error}. Expected a JSON object.") from None
-    if not isinstance(found, dict):
-        raise ExportError(f"{path}: a {type(found).__name__}. Expected a JSON object.")
-    return found
+    return json_object(path) if path.is_file() else {}

@@ -15,6 +15,7 @@ from lite.data.template import AUTO, NONE
 from lite.errors import RunError
 from lite.model import adapters, trained_with
 from lite.model.head import unwrapped
+from lite.model.origin import folder_of, weights_mark
 from lite.recipe import Recipe
 from lite.train import checkpoints, failures, interrupt, judged, machine, metrics, run, samples
 from lite.train.memory import Comparison
@@ -178,4 +179,5 @@ def _save_adapter(work: Work, folder: Path) -> None:
     settings = unwrapped(work.model).generation_config.to_dict() | {"eos_token_id": list(work.data.stop_ids)}
     settings.pop("_from_model_config", None)  # or a loader would take the model's own stop tokens over these
     GenerationConfig.from_dict(settings).save_pretrained(str(folder))
-    trained_with.write(folder)
+    base = folder_of(work.recipe)
+    trained_with.write(folder, None if base is None else weights_mark(base))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lite.bundled import __file__ as bundled
 from lite.errors import ExportError, RunError
@@ -156,3 +157,29 @@ def test_nothing_is_there(run: Path, tmp_path: Path) -> None:
 def test_one_base_is_all_there_is(trained: Callable[..., Path]) -> None:
     with pytest.raises(ExportError, match=r"--onto quantised: .* was not trained on a base in 4 or 8 bits"):
         source_of(trained(), onto=QUANTISED)
+
+
+def test_another_base_of_the_same_shapes(run: Path, tiny: Path, tmp_path: Path) -> None:
+    """As a base for its instruct: told, of a run and of an adapter; a record that does not know its base passes."""
+    other = shutil.copytree(tiny / "model", tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    save_file({name: tensor.flip(0) for name, tensor in tensors.items()}, other / "model.safetensors", {"format": "pt"})
+    assert (other / "model.safetensors").stat().st_size == (tiny / "model" / "model.safetensors").stat().st_size
+    adapter = shutil.copytree(run / "adapter", tmp_path / "adapter")
+    for name in (run, adapter):
+        assert source_of(name, base=shutil.copytree(tiny / "model", tmp_path / "copy", dirs_exist_ok=True)).adapter
+        with pytest.raises(
+            ExportError, match=rf"adapter: the adapter belongs to another base: {other} has.*\n.*--base DIR"
+        ):
+            source_of(name, base=other)
+    change(adapter / trained_with.RECORD, base=None)
+    assert source_of(adapter, base=other).base == other
+
+
+def test_a_config_that_is_no_object(run: Path, tiny: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(tiny / "model", tmp_path / "base")
+    (base / "config.json").write_text("[1]", encoding="utf-8")
+    adapter = shutil.copytree(run / "adapter", tmp_path / "adapter")
+    for name, where in ((adapter, base), (base, None)):
+        with pytest.raises(ExportError, match=r"config\.json: a list\. Expected a JSON object"):
+            source_of(name, base=where)

@@ -5,9 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from lite.errors import ExportError
 from lite.model import trained_with
+from lite.model.origin import weights_mark
 from tests.tiny import TEMPLATE, write_model
 
 
@@ -121,3 +123,68 @@ def test_files_that_cannot_be_read(folder: Path) -> None:
     (folder / "tokenizer.json").write_text("{", encoding="utf-8")
     with pytest.raises(ExportError, match=r"tokenizer.json: cannot be read"):
         trained_with.record_of(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("tokenizer_config.json", {"chat_template": [{"name": "default"}]}, "chat_template is neither a text nor"),
+        ("tokenizer_config.json", {"chat_template": 3}, "chat_template is neither a text nor"),
+        ("tokenizer_config.json", {"eos_token": {"x": 1}}, r"eos_token without content\. Expected a token's text"),
+        ("generation_config.json", {"eos_token_id": "258"}, "eos_token_id = '258'. Expected the id of a token"),
+        ("generation_config.json", {"eos_token_id": [258, None]}, r"eos_token_id = \[258, None\]"),
+    ],
+)
+def test_what_no_tokenizer_is_made_of(folder: Path, name: str, content: dict, told: str) -> None:
+    (folder / "chat_template.jinja").unlink()
+    (folder / name).write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ExportError, match=f"{name}: {told}"):
+        trained_with.record_of(folder)
+
+
+def test_a_template_is_found_where_a_tokenizer_finds_it(folder: Path) -> None:
+    """Files are added, each of which goes before those of before, but for the one that processors alone read."""
+    (folder / "chat_template.jinja").unlink()
+    several = [{"name": "default", "template": "listed"}, {"name": "tool_use", "template": "other"}]
+    (folder / "additional_chat_templates").mkdir()
+    expected = []
+    for name, content in (
+        ("chat_template.json", '{"chat_template": "of processors"}'),
+        ("tokenizer_config.json", None),
+        ("chat_template.jinja", "alone"),
+        ("additional_chat_templates/default.jinja", "named"),
+    ):
+        if content is None:
+            change(folder / name, lambda settings: settings.update(chat_template=several))
+        else:
+            (folder / name).write_text(content, encoding="utf-8")
+        found = AutoTokenizer.from_pretrained(str(folder)).chat_template
+        expected.append(found["default"] if isinstance(found, dict) else found)
+        assert trained_with.chat_template(folder) == expected[-1]
+    assert expected == [None, "listed", "alone", "named"]
+    for name in ("chat_template.jinja", "additional_chat_templates/default.jinja"):
+        (folder / name).unlink()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("tools", encoding="utf-8")
+    assert AutoTokenizer.from_pretrained(str(folder)).chat_template == {"tool_use": "tools"}
+    assert trained_with.chat_template(folder) is None
+
+
+def test_the_base_that_was_trained_on(folder: Path, made: Path, tmp_path: Path) -> None:
+    """Its mark follows the weights, not the config; what it was quantised from is not another base."""
+    trained_with.write(folder, weights_mark(made))
+    assert trained_with.read(folder) == trained_with.record_of(folder)
+    trained_with.require_base(folder, made)
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text("{}", encoding="utf-8")
+    (base / "model.safetensors").write_bytes((made / "model.safetensors").read_bytes())
+    trained_with.require_base(folder, base)
+    with (base / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"x")
+    with pytest.raises(ExportError, match="has other weights than it was trained on"):
+        trained_with.require_base(folder, base)
+    (base / "config.json").write_text('{"quantization_config": {"quant_method": "bitsandbytes"}}', encoding="utf-8")
+    trained_with.require_base(folder, base)
+    (base / "model.safetensors").unlink()
+    assert weights_mark(base) is None

@@ -111,7 +111,14 @@ def _source(tokenizer: "PreTrainedTokenizerBase", chat_template: str) -> str | N
     if chat_template == NONE or (chat_template == AUTO and not tokenizer.chat_template):
         return None
     if chat_template == AUTO:
-        source = tokenizer.get_chat_template()
+        try:
+            source = tokenizer.get_chat_template()
+        except ValueError:
+            named = ", ".join(tokenizer.chat_template)
+            raise DataError(
+                f"The tokenizer has several chat templates ({named}), and none is named default.\nGive the one that is "
+                "meant with --chat-template FILE, or train on plain text (--chat-template none)."
+            ) from None
     else:
         try:
             source = Path(chat_template).read_text(encoding="utf-8")

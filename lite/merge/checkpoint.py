@@ -4,7 +4,6 @@ What does not hold together (files that were cut, shards or tensors that an inde
 the folder is opened and told at once. bitsandbytes' quantised tensors are presented as the plain ones they stand for.
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 from lite.errors import ExportError, raise_collected
 from lite.merge.packed import Packed, packed
 from lite.merge.stored import Stored, safetensors_file, torch_file
+from lite.model.trained_with import json_object
 
 FLOATS = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16))
 ADVICE = (
@@ -68,12 +68,7 @@ class Checkpoint:
 def _config(folder: Path) -> dict:
     if not folder.is_dir():
         raise ExportError(f"there is no folder {folder}. Expected one with a model's weights.")
-    try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{folder / 'config.json'} cannot be read: {error}. {ADVICE}") from None
+    return json_object(folder / "config.json") if (folder / "config.json").is_file() else {}
 
 
 def _refuse_quantised(folder: Path, config: dict) -> None:
@@ -98,42 +93,46 @@ def _gather(folder: Path) -> tuple[dict[str, Stored], list[str]]:
     for single, pattern, read in kinds:
         index = folder / f"{single}.index.json"
         if (folder / single).is_file():
-            return _joined([folder / single], read)
+            return _joined([folder / single], read)[:2]
         if index.is_file():
             return _indexed(index, read)
         # A folder of Mistral's has the same weights twice; adapters are no weights of the model.
         paths = [p for p in sorted(folder.glob(pattern)) if not p.name.startswith(("adapter_", "consolidated"))]
         if paths:
-            tensors, problems = _joined(paths, read)
+            tensors, problems, _ = _joined(paths, read)
             return tensors, _missing_numbers(paths) + problems
     hint = " It is an adapter." if (folder / "adapter_config.json").is_file() else ""
     return {}, [f"there are no weights in it (*.safetensors or pytorch_model*.bin).{hint}"]
 
 
-def _joined(paths: list[Path], read: Callable) -> tuple[dict[str, Stored], list[str]]:
+def _joined(paths: list[Path], read: Callable) -> tuple[dict[str, Stored], list[str], set[Path]]:
+    """The tensors of several files, what is wrong with them, and which of the files are broken."""
     tensors: dict[str, Stored] = {}
     problems: list[str] = []
+    broken = set()
     for path in paths:
         found, wrong = read(path)
         problems += wrong
+        broken |= {path} if wrong else set()
         problems += [f"{name}: both in {tensors[name].path.name} and in {path.name}" for name in found.keys() & tensors]
         tensors |= found
-    return tensors, sorted(problems)
+    return tensors, sorted(problems), broken
 
 
 def _indexed(index: Path, read: Callable) -> tuple[dict[str, Stored], list[str]]:
     try:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        places = json_object(index)["weight_map"]
         files = sorted(set(places.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except ExportError as error:
+        return {}, [str(error)]
+    except (KeyError, TypeError, AttributeError) as error:
         return {}, [f"{index}: cannot be read as an index of shards ({type(error).__name__}: {error})"]
     missing = [name for name in files if not (index.parent / name).is_file()]
     present = [index.parent / name for name in files if name not in missing]
-    tensors, problems = _joined(present, read)
+    tensors, problems, broken = _joined(present, read)
     lost = {name: sum(place == name for place in places.values()) for name in missing}
     problems += [f"{name}: no such file, though {index.name} has {lost[name]} tensors in it" for name in missing]
-    broken = {problem.split(": ")[0] for problem in problems}  # all that is in those is missing, and said
-    whole = {path.name for path in present if path.name not in broken}
+    whole = {path.name for path in present if path not in broken}  # all that is in the others is missing, and said
     problems += [
         f"{name}: not in {place}, where {index.name} has it"
         for name, place in places.items()

@@ -15,24 +15,32 @@ from lite.data.template import read_template
 from lite.errors import DataError, ExportError
 from lite.merge.source import Source
 from lite.model import trained_with
+from lite.model.trained_with import NAMED_TEMPLATES, json_object
 
+OF_PROCESSOR = "chat_template.json"  # which a processor reads before chat_template.jinja
 COPIED = (
     "tokenizer.json",
-    "tokenizer_config.json",
+    trained_with.TOKENIZER_CONFIG,
     "special_tokens_map.json",
     *trained_with.PARTS,
     "chat_template.jinja",
-    "chat_template.json",
+    OF_PROCESSOR,
 )
-NAMED_TEMPLATES = "additional_chat_templates"
+# Of a model that sees or hears; training, which is of text, leaves none beside an adapter.
+PROCESSORS = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
 FROM_CONFIG = "_from_model_config"  # a loader would take config.json's stop tokens over those of the file that has it
 
 
 def write(source: Source, folder: Path) -> None:
-    """Write tokenizer, chat template, generation config and trained_with.json; code that the model brings, too."""
+    """Write tokenizer, chat template, generation config and trained_with.json; the model's processors and code, too."""
     for name in COPIED:
         if (source.files / name).is_file():
             shutil.copyfile(source.files / name, folder / name)
+    # The base's template would be taken over the one that was trained with.
+    own_template = trained_with.chat_template(source.files) is not None
+    for name in PROCESSORS if own_template else (*PROCESSORS, OF_PROCESSOR):
+        if (path := _first(source, name)) is not None:
+            shutil.copyfile(path, folder / name)
     if (source.files / NAMED_TEMPLATES).is_dir():
         shutil.copytree(source.files / NAMED_TEMPLATES, folder / NAMED_TEMPLATES)
     if source.base is not None and "auto_map" in source.config:
@@ -45,11 +53,8 @@ def write(source: Source, folder: Path) -> None:
 
 def generation_config(source: Source) -> dict[str, Any]:
     """The model's own settings of generation, with all its stop tokens as `eos_token_id`."""
-    places = [source.files, *([source.base] if source.base else [])]
-    path = next(
-        (place / trained_with.GENERATION for place in places if (place / trained_with.GENERATION).is_file()), None
-    )
-    own = json.loads(path.read_text(encoding="utf-8")) if path else {}
+    path = _first(source, trained_with.GENERATION)
+    own = json_object(path) if path else {}
     kept = {key: value for key, value in own.items() if key != FROM_CONFIG}
     return kept | {"eos_token_id": stop_tokens(source)}
 
@@ -61,7 +66,7 @@ def stop_tokens(source: Source) -> list[int]:
     the generation config, the tokenizer and config.json name.
     """
     path = source.files / trained_with.GENERATION
-    own = _ids(json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")) if path.is_file() else []
+    own = trained_with.stop_tokens(json_object(path), path) if path.is_file() else []
     if (source.files / trained_with.RECORD).is_file() and own:
         return own
     tokenizer = load_tokenizer(source.files)
@@ -69,7 +74,8 @@ def stop_tokens(source: Source) -> list[int]:
         ends = list(read_template(tokenizer).stop_ids)
     except DataError:  # a template without turns, or a tokenizer without an end: of a model that nobody talks to
         ends = []
-    found = list(dict.fromkeys([*ends, *own, *_ids(source.config.get("eos_token_id"))]))
+    told = trained_with.stop_tokens(source.config, (source.base or source.files) / "config.json")
+    found = list(dict.fromkeys([*ends, *own, *told]))
     if not found:
         raise ExportError(
             f"{source.files}: nothing says which token ends an answer. Name it as eos_token_id in {path.name}."
@@ -90,5 +96,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _ids(value: int | list[int] | None) -> list[int]:
-    return list(value) if isinstance(value, list) else [] if value is None else [value]
+def _first(source: Source, name: str) -> Path | None:
+    """The file beside the tokenizer, or else the base's."""
+    places = [source.files, *([source.base] if source.base else [])]
+    return next((place / name for place in places if (place / name).is_file()), None)

@@ -52,6 +52,16 @@ def test_an_end_of_turn_that_the_tokenizer_does_not_know_is_refused():
         read_template(made(CHATML.replace("<|im_end|>", "</turn>")))
 
 
+def test_several_templates_without_a_default_are_refused():
+    """Which is meant nobody says."""
+    tokenizer = made(CHATML)
+    tokenizer.chat_template = {"tool_use": CHATML, "rag": CHATML}
+    with pytest.raises(DataError, match=r"several chat templates \(tool_use, rag\), and none is named default"):
+        read_template(tokenizer)
+    tokenizer.chat_template["default"] = CHATML
+    assert read_template(tokenizer).end_of_turn == "<|im_end|>"
+
+
 def test_a_template_that_leaves_the_answer_out_is_refused():
     """Vision models' templates want a list of parts, and write nothing for text."""
     parts = CHATML.replace("m['content']", "(m['content'] | selectattr('text') | map(attribute='text') | join)")

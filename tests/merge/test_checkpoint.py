@@ -206,7 +206,9 @@ def test_torch_files_that_are_not_read(tmp_path: Path) -> None:
         Checkpoint.open(tmp_path)
     torch.save(tensors, path)
     path.write_bytes(path.read_bytes()[:-30])
-    with pytest.raises(ExportError, match=r"pytorch_model\.bin: c"):
+    with pytest.raises(
+        ExportError, match=r"pytorch_model\.bin: cut, or written by a torch before 1\.6; fetch it again"
+    ):
         Checkpoint.open(tmp_path)
 
 
@@ -216,6 +218,16 @@ def test_all_that_is_broken_is_told_at_once(tmp_path: Path) -> None:
     without_shard(tmp_path)
     with pytest.raises(ExportError, match=r"(?s)half-written.*no such file|no such file.*half-written"):
         Checkpoint.open(tmp_path)
+
+
+def test_a_broken_shards_tensors_are_not_told_one_by_one(tmp_path: Path) -> None:
+    """Whatever its name has in it."""
+    save_file({"x": torch.ones(2, 2)}, tmp_path / "a: b.safetensors")
+    write_index(tmp_path, {"x": "a: b.safetensors", "y": "a: b.safetensors"})
+    (tmp_path / "a: b.safetensors").write_bytes(b"")
+    with pytest.raises(ExportError, match="cut in its header") as caught:
+        Checkpoint.open(tmp_path)
+    assert "not in a: b" not in str(caught.value)
 
 
 def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:

@@ -102,3 +102,50 @@ def test_files_are_copied_byte_for_byte(model: Path, tmp_path: Path) -> None:
     again.mkdir()
     companions.write(opened(model, auto_map={"AutoModelForCausalLM": "modeling_own.Own"}), again)
     assert (again / "modeling_own.py").read_text(encoding="utf-8") == "code"
+
+
+def test_the_bases_processors(model: Path, tmp_path: Path) -> None:
+    """Training leaves none. The base's template for them is the model's where it has no other, and is left out else."""
+    for name in ("preprocessor_config.json", "processor_config.json", "chat_template.json"):
+        (model / name).write_text('{"chat_template": "of the base"}', encoding="utf-8")
+    files = tmp_path / "files"
+    files.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
+        shutil.copyfile(model / name, files / name)
+    (files / "processor_config.json").write_text("{}", encoding="utf-8")
+    for to, others in (("one", set()), ("other", {"chat_template.json"})):
+        (tmp_path / to).mkdir()
+        companions.write(replace(opened(model), files=files), tmp_path / to)
+        left = {path.name for path in (tmp_path / to).iterdir()} - {path.name for path in files.iterdir()}
+        assert left == {"preprocessor_config.json", "trained_with.json", *others}
+        assert (tmp_path / to / "processor_config.json").read_text(encoding="utf-8") == "{}"
+        (files / "chat_template.jinja").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ('{"eos_token_id": [', "cannot be read"),
+        ("[1]", r"a list\. Expected a JSON object"),
+        ('{"eos_token_id": "2"}', r"eos_token_id = '2'\. Expected the id of a token, or a list of ids"),
+        ('{"eos_token_id": [2, null]}', r"eos_token_id = \[2, None\]"),
+    ],
+)
+def test_a_generation_config_that_is_none(model: Path, tmp_path: Path, content: str, told: str) -> None:
+    source = opened(model)
+    (model / "generation_config.json").write_text(content, encoding="utf-8")
+    for ask in (companions.stop_tokens, companions.generation_config, trained_with_record):
+        with pytest.raises(ExportError, match=rf"generation_config\.json: {told}"):
+            ask(source)
+
+
+def trained_with_record(source: Source) -> None:
+    trained_with.record_of(source.files)
+
+
+def test_named_templates_without_a_default(model: Path) -> None:
+    """Which is meant is not known: what else is named ends an answer."""
+    (model / "chat_template.jinja").unlink()
+    change(model / "tokenizer_config.json", chat_template=[{"name": "tool_use", "template": "{{ messages }}"}])
+    change(model / "generation_config.json", eos_token_id=OTHER)
+    assert companions.stop_tokens(opened(model, eos_token_id=7)) == [OTHER, 7]

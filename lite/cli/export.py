@@ -79,7 +79,7 @@ def main(arguments: Sequence[str]) -> int:
     from lite.cli.progress import shown
 
     session.silence()
-    with shown() as progress:
+    with shown() as progress, session.terminable():
         progress.stage("loading torch and transformers")
         session.import_quickly("lite.export.export")
         from lite.export.export import export

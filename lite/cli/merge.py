@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
     from lite.cli.progress import shown
 
     session.silence()
-    with shown() as progress:
+    with shown() as progress, session.terminable():
         progress.stage("loading torch and transformers")
         session.import_quickly("lite.merge.merge")
         from lite.merge.merge import merge

@@ -7,9 +7,12 @@ import json
 import logging
 import os
 import shlex
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -111,6 +114,23 @@ def _samples(run: "Run") -> list[dict[str, str]]:
     """Those of the folder, for the ones of before may have been taken by a process that was interrupted."""
     path = run.folder / "samples.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """While this is open SIGTERM ends the work as Ctrl-C does, so that it can remove what is unfinished.
+
+    Outside the main thread nothing is installed, for Python forbids it.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        # None is a handler that was not installed from Python; only its own installer can bring it back.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)
 
 
 def import_quickly(room: str) -> None:

@@ -4,7 +4,6 @@ Whatever stops it on the way, an interrupt or a full disk too, nothing lies unde
 """
 
 import importlib
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ import lite
 from lite.errors import ExportError, raise_collected
 from lite.export import place
 from lite.export.order import TARGETS, Order, require_target
+from lite.merge.aside import aside
 from lite.merge.onto import AUTO, settled
 from lite.merge.source import ORIGINAL, Source
 from lite.train import failures
@@ -86,18 +86,15 @@ def _told(progress: Progress) -> Iterator[None]:
 @contextmanager
 def _aside(final: Path) -> Iterator[Path]:
     """A folder beside the final place, gone at the end whatever happens."""
-    staging = final.parent / f".{final.name}.unfinished"
+    begun = False
     try:
-        shutil.rmtree(staging, ignore_errors=True)  # of a process that was killed
-        staging.mkdir(parents=True)
+        with aside(final) as staging:
+            begun = True
+            yield staging
     except OSError as error:
-        raise ExportError(f"{final.parent}: cannot be written to: {error.strerror}. Name another place.") from None
-    try:
-        yield staging
-    except OSError as error:
+        if not begun:
+            raise ExportError(f"{final.parent}: cannot be written to: {error.strerror}. Name another place.") from None
         raise ExportError(f"{final}: was not written: {error.strerror or error}. Nothing was left there.") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _require_sound(reports: Mapping[str, Mapping[str, Any]]) -> None:

@@ -4,6 +4,6 @@ checkpoint.py reads the shards of a model's folder (stored.py the bytes, packed.
 adapter.py is what an adapter adds, update.py to one tensor, names.py to which; weights.py is both together; nf4.py is
 the base as training in four bits saw it. shards.py writes shards. source.py finds all that belongs to a run, an
 adapter or a model's folder; onto.py says which of two bases to merge onto. folder.py writes a model's folder:
-companions.py its tokenizer, template and generation config, card.py its model card. merge.py is the story of `lite
-merge`.
+companions.py its tokenizer, template and generation config, card.py its model card; aside.py gives it its name when it
+is whole. merge.py is the story of `lite merge`.
 """

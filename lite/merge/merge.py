@@ -2,15 +2,15 @@
 
 import os
 import shlex
-import shutil
 from pathlib import Path
 from typing import Any
 
 from lite.errors import ExportError
+from lite.merge.aside import aside, publish
 from lite.merge.folder import write
 from lite.merge.onto import AUTO, settled
 from lite.model import trained_with
-from lite.train import checkpoints, failures
+from lite.train import failures
 from lite.train.progress import Progress, Quiet
 
 
@@ -25,7 +25,7 @@ def merge(
     """Write the model that a run, an adapter or a model's name stands for into the folder `to`; what was written.
 
     A few rows are in memory at a time. Raises a LiteError for what the user can mend: all that `source_of` raises, a
-    folder that is taken, a full disk. Nothing is left under the name `to` then.
+    folder that is taken, or is by the end; a full disk. Nothing is left under the name `to` then.
     """
     progress = progress or Quiet()
     with failures.told(progress):
@@ -34,18 +34,15 @@ def merge(
         source = settled(name, base=base, onto=onto, progress=progress)
         command = ["lite", "merge", source.name, "-o", to.name, *(["--onto", source.onto] if source.compared else [])]
         progress.stage(f"merging into {to}")
-        written: dict[str, Any] = {}
         final = to.resolve()
         try:
-            checkpoints.publish(
-                final, lambda folder: written.update(write(source, folder, progress, command=shlex.join(command)))
-            )
+            with aside(final) as folder:
+                written = write(source, folder, progress, command=shlex.join(command))
+                publish(folder, final)
         except OSError as error:
             raise ExportError(
                 f"{to}: the model could not be written: {error}. Make room, or name another folder."
             ) from error
-        finally:
-            shutil.rmtree(final.with_name(f"{checkpoints.UNFINISHED}{final.name}"), ignore_errors=True)
     return {
         "folder": str(to),
         "source": str(name),

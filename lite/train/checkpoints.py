@@ -52,14 +52,19 @@ def publish(final: Path, fill: Callable[[Path], object]) -> None:
 
 def put(unfinished: Path, final: Path) -> None:
     """Give a folder, whose every file is on the disk first, the name `final`, in the place of one that may be there."""
-    for path in sorted(unfinished.rglob("*")):
-        sync(path)
-    sync(unfinished)
+    sync_all(unfinished)
     if final.exists():
         # A folder cannot be renamed onto another. Whoever publishes it again can do so once more after a kill here.
         shutil.rmtree(final)
     os.replace(unfinished, final)
     sync(final.parent)
+
+
+def sync_all(folder: Path) -> None:
+    """Have the system write a folder with all that is in it to the disk."""
+    for path in sorted(folder.rglob("*")):
+        sync(path)
+    sync(folder)
 
 
 def sync(path: Path) -> None:

@@ -4,8 +4,12 @@ The bundled model is stored in bf16; here in fp32, so that nothing is rounded wh
 """
 
 import json
+import os
 import resource
 import shutil
+import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -114,6 +118,27 @@ def test_a_full_disk_leaves_nothing(run: Path, tmp_path: Path, capsys: pytest.Ca
         refused([str(run), "-o", str(tmp_path / "merged")], "File too large", capsys)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_being_terminated_leaves_nothing(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As by a system that shuts down, in the midst of the writing; afterwards SIGTERM is again what it was."""
+
+    def terminate() -> None:
+        while not any(tmp_path.glob(".merged.unfinished-*")):
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    too_late: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: too_late.append(number))
+    try:
+        threading.Thread(target=terminate, daemon=True).start()
+        assert main(["merge", str(run), "-o", str(tmp_path / "merged")]) == 130
+        assert signal.getsignal(signal.SIGTERM) is not signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not too_late
+    assert "stopped" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -18,6 +18,7 @@ from lite.merge.source import source_of
 from lite.model import trained_with
 from lite.recipe import Recipe
 from lite.train.progress import Quiet
+from tests.merge.test_source import change
 from tests.tiny import tiny_settings
 
 IDS = torch.arange(40, 100)[None]  # (1, 60)
@@ -89,6 +90,9 @@ def test_the_dtype_of_the_base_is_kept(trained: Callable[..., Path], tiny: Path,
     model = AutoModelForCausalLM.from_pretrained(str(tiny / "model"), dtype=torch.bfloat16)
     model.save_pretrained(str(tmp_path / "base"))
     adapter = shutil.copytree(trained() / "adapter", tmp_path / "adapter")
+    with pytest.raises(ExportError, match="has other weights than it was trained on"):
+        merge(adapter, tmp_path / "merged", base=tmp_path / "base")
+    change(adapter / trained_with.RECORD, base=None)  # as the error says
     done = merge(adapter, tmp_path / "merged", base=tmp_path / "base")
     assert done["dtypes"] == ["bfloat16"]
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "bfloat16"
@@ -136,12 +140,30 @@ def test_what_stops_it_leaves_nothing(trained: Callable[..., Path], tmp_path: Pa
 
     class Stops(Quiet):
         def rows(self, done: int, total: int, unit: str = "rows") -> None:
-            assert (tmp_path / ".unfinished-merged" / "model.safetensors").stat().st_size > 1000
+            (unfinished,) = tmp_path.glob(".merged.unfinished-*")
+            assert (unfinished / "model.safetensors").stat().st_size > 1000
             raise end
 
     with pytest.raises(ExportError if isinstance(end, OSError) else KeyboardInterrupt):
         merge(trained(), tmp_path / "merged", progress=Stops())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_at_once(trained: Callable[..., Path], tmp_path: Path) -> None:
+    """Each writes a folder of its own: the first to end gets the name, and the other leaves it as it is."""
+    to = tmp_path / "merged"
+
+    class Overtaken(Quiet):
+        def rows(self, done: int, total: int, unit: str = "rows") -> None:
+            if not to.exists():
+                merge(trained(), to)
+
+    with pytest.raises(ExportError, match=r"merged: something has appeared there while this was written.*It stays"):
+        merge(trained(), to, progress=Overtaken())
+    assert list(tmp_path.iterdir()) == [to]
+    merge(trained(), tmp_path / "alone")
+    assert {path.name for path in to.iterdir()} == {path.name for path in (tmp_path / "alone").iterdir()}
+    assert (to / "model.safetensors").read_bytes() == (tmp_path / "alone" / "model.safetensors").read_bytes()
 
 
 def test_a_shard_that_is_cut_is_told_before(run: Path, tiny: Path, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ Every setting that decides the numbers is honoured or refused by name, and so is
 model that silently lacks a part of what was trained looks just like one that was trained badly.
 """
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -15,11 +14,12 @@ from typing import Any
 from lite.errors import ExportError, raise_collected
 from lite.merge.stored import Stored, safetensors_file
 from lite.merge.update import Update
+from lite.model.trained_with import json_object
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 # How an adapter began decides nothing, unless peft took it out of the base's weights.
-HARMLESS_STARTS = frozenset((True, False, None, "gaussian", "eva", "orthogonal", "mica"))
+HARMLESS_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 # Settings that are honoured, or that decide nothing about the finished numbers. Any other that is on is refused.
 KNOWN = {
     "peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "peft_version",
@@ -78,12 +78,16 @@ def _config(folder: Path) -> dict[str, Any]:
     if missing and (folder / "adapter_model.bin").is_file():
         missing.append("adapter_model.bin is there: load it with peft and save it anew with `save_pretrained`")
     raise_collected(ExportError, f"{folder}: no adapter:", missing, "Expected a LoRA adapter as peft saves it.")
+    config = json_object(folder / CONFIG)
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         for name in ("r", "lora_alpha"):
             float(config[name])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ExportError(f"{folder / CONFIG} cannot be read: {error!r}. Expected what peft saves.") from None
+        for name in ("rank_pattern", "alpha_pattern"):
+            for key, value in (config.get(name) or {}).items():
+                re.compile(key)
+                float(value)
+    except (ValueError, KeyError, TypeError, AttributeError, re.error) as error:
+        raise ExportError(f"{folder / CONFIG}: {name} cannot be read: {error!r}. Expected what peft saves.") from None
     return config
 
 

@@ -11,6 +11,8 @@ from collections.abc import Collection
 EMBEDDING = "embed_tokens.weight"
 HEAD = "lm_head.weight"
 _SENSES = re.compile(r"vision|visual|audio|image")
+_EMBEDDING_END = re.compile(r"(?:(?<=\.)|^)(?:model\.)?(?:language_model\.)?embed_tokens\.weight$")
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
 def place(live: str, names: Collection[str]) -> str | None:
@@ -38,9 +40,20 @@ def _common_end(one: list[str], other: list[str]) -> int:
 
 def tied_head(embedding: str) -> str:
     """The name that a head of its own has in the checkpoint of this embedding."""
-    return re.sub(r"(?:(?<=\.)|^)model\.(?:language_model\.)?embed_tokens\.weight$", HEAD, embedding)
+    return _EMBEDDING_END.sub(HEAD, embedding)
 
 
-def tied_embedding(head: str) -> str:
-    """The name that the embedding has in a checkpoint that holds the head alone."""
-    return f"{head.removesuffix(HEAD)}model.{EMBEDDING}"
+def tied_embedding(head: str, names: Collection[str]) -> str:
+    """The name that the embedding has in a checkpoint of these names that holds the head alone.
+
+    Beside the layers, which some checkpoints have without `model.` before them.
+    """
+    stem = head.removesuffix(HEAD)
+    bare = any(name.startswith(f"{stem}layers.") for name in names)
+    return f"{stem}{'' if bare else 'model.'}{EMBEDDING}"
+
+
+def layer(name: str) -> int | None:
+    """The number of the layer that a tensor belongs to; None outside the text model's layers."""
+    match = _LAYER.search(name)
+    return int(match[1]) if match and not _SENSES.search(name) else None

@@ -7,9 +7,7 @@ log p of chosen − rejected, which training drives apart and which therefore te
 """
 
 import math
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +22,8 @@ from lite.errors import ExportError, LiteError
 from lite.judge.model import PAIR, SINGLE, ready
 from lite.loss.logps import Logps
 from lite.memory.levers import Levers, pull
+from lite.merge import names
+from lite.merge.aside import aside
 from lite.merge.companions import load_tokenizer
 from lite.merge.folder import write
 from lite.merge.source import ORIGINAL, QUANTISED, Source, has_two_bases, source_of
@@ -36,7 +36,7 @@ from lite.train.progress import Progress, Quiet
 AUTO = "auto"
 CHOICES = (ORIGINAL, QUANTISED, AUTO)
 TRAINED = "as trained"
-UNFINISHED = ".onto"  # in the run's folder, while a candidate is measured
+CANDIDATE = "onto"  # in the run's folder, under an unfinished name, while it is measured
 KEPT_FREE_BYTES = 3 * 2**30  # of the GPU's memory, for what scoring needs beside the weights
 
 
@@ -94,11 +94,11 @@ def compare(candidates: Sequence[Source], progress: Progress) -> list[Measured]:
     if live := _as_trained(source.folder, rows):
         found.append(live)
     for one in candidates:
-        with _aside(source.folder) as folder:
+        with aside(source.folder / CANDIDATE) as folder:
             progress.stage(f"merging onto the {one.onto} weights, to measure")
             write(one, folder, progress)
             whole = recipe.model_copy(update={"model": str(folder)})
-            said = _said(whole, rows, _host_layers(one, recipe), progress)
+            said = _said(whole, rows, _on_host(one, recipe), progress)
         found.append(measured(str(one.onto), said, [row.label for row in rows]))
     return found
 
@@ -187,26 +187,21 @@ def _names(rows: Sequence[TokenExample]) -> tuple[str, ...]:
     return PAIR if len(rows[0].completions) == 2 else SINGLE
 
 
-def _host_layers(source: Source, recipe: Recipe) -> int:
-    """How many layers find no room on the GPU beside the rest of the model; 0 on a CPU."""
+def _on_host(source: Source, recipe: Recipe) -> int:
+    """How many layers find no room on the GPU; 0 on a CPU."""
     device, itemsize = load.device(recipe), load.compute_dtype(recipe).itemsize
     if device.type != "cuda":
         return 0
-    sizes = {name: math.prod(shape) * itemsize for name, shape in source.weights.shapes.items()}
-    layers = source.config["num_hidden_layers"]
-    layer_bytes = sum(size for name, size in sizes.items() if ".layers." in name) / layers
-    lacking = sum(sizes.values()) + KEPT_FREE_BYTES - torch.cuda.mem_get_info(device)[0]
+    return host_layers(source.weights.shapes, itemsize, torch.cuda.mem_get_info(device)[0])
+
+
+def host_layers(shapes: Mapping[str, tuple[int, ...]], itemsize: int, free_bytes: int) -> int:
+    """How many of the text model's layers find no room beside the rest of the model and what scoring needs."""
+    sizes = {name: math.prod(shape) * itemsize for name, shape in shapes.items()}
+    layers = {names.layer(name) for name in sizes} - {None}
+    lacking = sum(sizes.values()) + KEPT_FREE_BYTES - free_bytes
+    if lacking <= 0 or not layers:
+        return 0
+    layer_bytes = sum(size for name, size in sizes.items() if names.layer(name) is not None) / len(layers)
     # Two layers' room stays taken: the slots that the others visit.
-    return 0 if lacking <= 0 else min(layers, math.ceil(lacking / layer_bytes) + 2)
-
-
-@contextmanager
-def _aside(folder: Path) -> Iterator[Path]:
-    """A folder in the run's own, gone at the end whatever happens."""
-    aside = folder / UNFINISHED
-    shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
-    aside.mkdir()
-    try:
-        yield aside
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    return min(len(layers), math.ceil(lacking / layer_bytes) + 2)

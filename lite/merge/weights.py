@@ -14,6 +14,13 @@ from lite.merge import names
 from lite.merge.adapter import Adapter
 from lite.merge.update import Update
 
+ANOTHER = "Expected the base that it was trained on: see base_model_name_or_path in its adapter_config.json."
+RENAMED = (
+    "All else fits. Either the adapter was trained on another base, or on tensors to which transformers gives other\n"
+    "names when it loads the model (as a Mixtral's router and experts), and which are not merged here: leave them out\n"
+    "of target_modules and modules_to_save, or let peft merge them, by `merge_and_unload`."
+)
+
 
 class Weights(Protocol):
     """A model's weights by the names of its checkpoint (`model.layers.0.mlp.up_proj.weight`)."""
@@ -44,18 +51,20 @@ class Merged:
         self._updates: dict[str, Update] = {}
         self._sources: dict[str, str] = {}  # of tensors that the base has under another's name: a tied one
         self.untied = False
-        problems = []
+        problems, absent = [], []
         for live, update in adapter.updates.items():
             name = self._place(live)
             if name is None:
-                problems.append(f"{live}: the base has no such tensor")
+                absent.append(f"{live}: the base has no such tensor")
                 continue
             shape = base.shapes[self._sources.get(name, name)]
             problems += [f"{name} {shape}: {problem}" for problem in update.misfits(shape)]
             problems += [f"{live}: {name} is another's already"] if name in self._updates else []
             self._updates[name] = update
-        advice = "Expected the base that it was trained on: see base_model_name_or_path in its adapter_config.json."
-        raise_collected(ExportError, f"{adapter.folder}: the adapter belongs to another base:", problems, advice)
+        if self._updates and not problems:
+            raise_collected(ExportError, f"{adapter.folder}: not all of the adapter has a place here:", absent, RENAMED)
+        problems += absent
+        raise_collected(ExportError, f"{adapter.folder}: the adapter belongs to another base:", problems, ANOTHER)
         self._settle_ties(adapter)
         own = {name: base.shapes[source] for name, source in self._sources.items()}
         self._shapes = {**base.shapes, **own}
@@ -82,7 +91,7 @@ class Merged:
             head = live.endswith(names.HEAD)
             other = names.place(names.EMBEDDING if head else names.HEAD, self._base.shapes)
             if other is not None:
-                name = names.tied_head(other) if head else names.tied_embedding(other)
+                name = names.tied_head(other) if head else names.tied_embedding(other, self._base.shapes)
                 self._sources[name] = other
         return name
 
@@ -109,10 +118,10 @@ class Merged:
         """The names of embedding and head, where the merged model has them or would have them."""
         present = self._base.shapes
         embedding, head = names.place(names.EMBEDDING, present), names.place(names.HEAD, present)
-        return (
-            embedding or names.tied_embedding(head or names.HEAD),
-            head or names.tied_head(embedding or names.EMBEDDING),
-        )
+        embedding = embedding or names.tied_embedding(head or names.HEAD, present)
+        head = head or names.tied_head(embedding)
+        assert head != embedding, f"{embedding} is no embedding's name"
+        return embedding, head
 
     def _were_tied(self, embedding: str, head: str) -> bool:
         # torch's files hold a tied tensor under both names; the values tell.

@@ -1,7 +1,8 @@
 """Finished runs in the tiny world: LoRA on fp32 weights, and on the same in four bits."""
 
+import gc
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,14 @@ import pytest
 import lite
 from lite.recipe import Recipe
 from tests.tiny import tiny_settings, write_world
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_collector() -> Iterator[None]:
+    """As in `lite`: what packages made when they were imported is not looked through whenever a model is let go."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from transformers import Gemma3Config
 from lite.errors import ExportError
 from lite.merge.adapter import Adapter
 from lite.merge.checkpoint import Checkpoint
-from lite.merge.names import place
+from lite.merge.names import layer, place, tied_embedding, tied_head
 from lite.merge.weights import Merged
 from tests.architectures import tiny_config
 from tests.merge.tiny_weights import IDS, InMemory, write_adapter, write_base, written_logits
@@ -131,6 +131,46 @@ def test_a_live_model_of_other_names(tmp_path: Path) -> None:
     torch.testing.assert_close(written_logits(tmp_path / "merged", tmp_path / "base", merged), live, atol=1e-5, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "settings",
+    [{**LORA, "modules_to_save": ["embed_tokens"]}, {**LORA, "modules_to_save": ["lm_head"]},
+     {"target_modules": TIED["embed"]}],
+    ids=["copy of embedding", "copy of head", "embedding"],
+)  # fmt: skip
+def test_a_tied_checkpoint_whose_names_do_not_begin_with_model(tmp_path: Path, settings: dict[str, Any]) -> None:
+    model = write_base(tmp_path / "base", tiny_config("qwen2", tie_word_embeddings=True, num_hidden_layers=2))
+    file = tmp_path / "base" / "model.safetensors"
+    save_file({name.removeprefix("model."): tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    live = write_adapter(tmp_path / "adapter", model, **settings)
+    merged = Merged(Checkpoint.open(tmp_path / "base"), Adapter.open(tmp_path / "adapter"))
+    assert merged.untied
+    assert {"embed_tokens.weight", "lm_head.weight"} <= merged.shapes.keys()
+    torch.testing.assert_close(written_logits(tmp_path / "merged", tmp_path / "base", merged), live, atol=1e-5, rtol=0)
+
+
+def test_the_other_of_two_tied_tensors() -> None:
+    """By what its checkpoint's names begin with."""
+    for embedding, head in (
+        ("model.embed_tokens.weight", "lm_head.weight"),
+        ("embed_tokens.weight", "lm_head.weight"),
+        ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"),
+        ("model.language_model.embed_tokens.weight", "lm_head.weight"),
+    ):
+        assert tied_head(embedding) == head
+        if not embedding.startswith("model.language_model."):
+            layers = embedding.replace("embed_tokens", "layers.0.mlp.up_proj")
+            assert tied_embedding(head, [layers]) == embedding
+
+
+def test_layers_by_their_numbers() -> None:
+    """Those of the text model."""
+    assert layer("language_model.model.layers.12.mlp.up_proj.weight") == 12
+    assert layer("layers.0.mlp.up_proj.weight") == 0
+    assert layer("vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight") is None
+    assert layer("model.norm.weight") is None
+
+
 def test_names_by_their_ends() -> None:
     names = [
         "language_model.model.layers.0.self_attn.q_proj.weight",
@@ -197,9 +237,26 @@ def test_an_adapter_of_another_base(tmp_path: Path) -> None:
         assert part in str(caught.value), str(caught.value)
 
 
+def test_tensors_that_the_live_model_calls_otherwise(tmp_path: Path) -> None:
+    """A Mixtral's router is mlp.gate when live, block_sparse_moe.gate in its files: the base may be the right one."""
+    pair = {f"{Q}.lora_A.weight": torch.ones(1, 2), f"{Q}.lora_B.weight": torch.ones(2, 1)}
+    gate = {"base_model.model.model.layers.0.mlp.gate.weight": torch.ones(8, 2)}
+    base = InMemory({LIVE_Q: torch.ones(2, 2), "model.layers.0.block_sparse_moe.gate.weight": torch.ones(8, 2)})
+    with pytest.raises(
+        ExportError, match=r"(?s)mlp\.gate\.weight: the base has no such tensor.*gives other.names"
+    ) as told:
+        Merged(base, by_hand(tmp_path, {**pair, **gate}))
+    assert "belongs to another base" not in str(told.value)
+    with pytest.raises(ExportError, match="belongs to another base"):
+        Merged(base, by_hand(tmp_path, gate))
+
+
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
+        ({"init_lora_weights": ["pissa"]}, r"init_lora_weights = \['pissa'\]: peft takes it out of the base"),
+        ({"alpha_pattern": {"(": 3}}, "alpha_pattern cannot be read: .*unterminated subpattern"),
+        ({"rank_pattern": {"q_proj": None}}, "rank_pattern cannot be read"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa': peft takes it out of the base"),
         ({"peft_type": "IA3"}, "peft_type = 'IA3'. Expected 'LORA'"),
         ({"layer_replication": [[0, 1]]}, r"layer_replication = \[\[0, 1\]\]: not known here"),
@@ -237,6 +294,11 @@ def test_folders_that_are_no_adapter(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"(?s)adapter_config.json: no such file.*adapter_model.safetensors: no"):
         Adapter.open(tmp_path)
     pair = {f"{Q}.lora_A.weight": torch.ones(1, 2), f"{Q}.lora_B.weight": torch.ones(2, 1)}
+    by_hand(tmp_path, pair)
+    config = tmp_path / "adapter_config.json"
+    config.write_text("[1]")
+    with pytest.raises(ExportError, match=r"adapter_config\.json: a list\. Expected a JSON object"):
+        Adapter.open(tmp_path)
     by_hand(tmp_path, pair)
     weights = tmp_path / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])

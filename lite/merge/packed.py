@@ -28,7 +28,7 @@ class Last:
         """The tensor of that name, made if another one was made last; read only."""
         with self._lock:
             if self._name != name:
-                self._tensor = None  # free it first
+                self._tensor, self._name = None, ""  # free it first, and have none under its name if the next fails
                 self._tensor, self._name = make(), name
             return self._tensor
 

@@ -47,7 +47,8 @@ def write(
 
     dtypes: what a tensor is rounded to, if not to its own dtype. advance: called with the bytes written since it was
     last called. Nothing is synced to the disk, and what a failure leaves is the caller's to remove.
-    Raises ExportError if there is no room, or the folder cannot be written to, saying what is needed and what is free.
+    Raises ExportError if there is no room, or the folder cannot be written to, saying what is needed and what is free;
+    and for a number that is not finite, saying where.
     """
     wanted = {name: (dtypes or {}).get(name, weights.dtype(name)) for name in weights.shapes}
     shards = plan(weights.shapes, wanted, shard_bytes)
@@ -107,10 +108,34 @@ def _write_shard(path: Path, shard: Shard, weights: Weights, advance: Callable[[
     with open(path, "wb", buffering=0) as file:
         _write_all(file.write, memoryview(_header(shard, weights.shapes)))
         for name, dtype in shard.dtypes.items():
+            start = 0
             for rows in chunks(weights, name):
-                data = rows.to(dtype).contiguous().flatten().view(torch.uint8)
+                rounded = rows.to(dtype)
+                _require_finite(f"{name}, row", rows, rounded, start)
+                start += len(rows) if rows.ndim else 0
+                data = rounded.contiguous().flatten().view(torch.uint8)
                 _write_all(file.write, memoryview(data.numpy()))
                 advance(data.nbytes)
+
+
+def _require_finite(what: str, rows: Tensor, rounded: Tensor, start: int) -> None:
+    """Raise ExportError at the first row, counted from `start`, with a NaN or an infinity."""
+    # Both ends propagate a NaN, and are found in a fraction of the time that isfinite takes.
+    if not rounded.numel() or all(end.isfinite() for end in rounded.aminmax()):
+        return
+    first = (~rounded.isfinite()).nonzero()[0]
+    value = rows[tuple(first)].item()
+    where = f"{what} {start + (int(first[0]) if rows.ndim else 0)}: {value:g}"
+    if math.isfinite(value):
+        raise ExportError(
+            f"{where} is more than {str(rounded.dtype).removeprefix('torch.')} holds, in which the base is stored "
+            f"({torch.finfo(rounded.dtype).max:g} at most).\nMerge onto the base in bfloat16 or float32: --base DIR."
+        )
+    raise ExportError(
+        f"{where}. Expected finite numbers: the base's files or the adapter's have others, or the adapter's are too\n"
+        "large to be multiplied. Fetch the base again; if it is sound, the training has diverged: start it again\n"
+        "with a lower --learning-rate."
+    )
 
 
 def _write_all(write_some: Callable[[memoryview], int], data: memoryview) -> None:

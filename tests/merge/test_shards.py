@@ -96,3 +96,19 @@ def test_no_room(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="No such file or directory"):
         shards.write(tmp_path / "absent", InMemory(TENSORS))
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "told"),
+    [
+        (float("nan"), torch.float32, r"x, row 5: nan\. Expected finite numbers"),
+        (float("-inf"), torch.bfloat16, r"x, row 5: -inf\. Expected finite numbers"),
+        (70_000.0, torch.float16, r"x, row 5: 70000 is more than float16 holds.*\(65504 at most\)"),
+    ],
+)
+def test_numbers_that_are_not_finite(tmp_path: Path, value: float, dtype: torch.dtype, told: str) -> None:
+    """In the second chunk, of four rows each."""
+    values = torch.zeros(6, 2**20)
+    values[5, 7] = value
+    with pytest.raises(ExportError, match=told):
+        shards.write(tmp_path, InMemory({"x": values}), {"x": dtype})

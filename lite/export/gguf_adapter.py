@@ -31,6 +31,10 @@ from lite.train.progress import Progress
 
 ADVICE = "Export the merged model instead (--to gguf), which takes all that was trained."
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
+NOT_LOADED = (
+    "its products are what a merge adds; it was not loaded in llama.cpp, which takes a GGUF of the base, as large as "
+    "the model: try it there by `llama-server -m BASE.gguf --lora FILE`"
+)
 CHECKED_ROWS = 64  # of each tensor's product
 TOLERANCE = 1e-4  # of its largest number: sums of R products in float32, in another order
 
@@ -106,7 +110,7 @@ def write(source: Source, staging: Path, names: list[str], order: Order, progres
 
 def check(source: Source, staging: Path, names: list[str], order: Order, progress: Progress) -> dict[str, Any]:
     """What is wrong with the file: its products are compared with those that a merge adds."""
-    return {names[0]: {"problems": problems(source, staging / names[0])}}
+    return {names[0]: {"problems": problems(source, staging / names[0]), "notes": [NOT_LOADED]}}
 
 
 def problems(source: Source, path: Path) -> list[str]:

@@ -82,11 +82,12 @@ def main(arguments: Sequence[str]) -> int:
         near = nearest(given["engine"], ENGINES)
         hint = f" Did you mean {near}?" if near else ""
         raise RecipeError(f"--engine = {given['engine']!r}: expected one of {', '.join(ENGINES)}.{hint}")
-    from lite.serve.serve import Door, require_guarded
+    from lite.serve.serve import Door, require_free, require_guarded
 
     door = Door(**{key: given[key] for key in Door._fields if given.get(key) is not None})
     if not given.get("force", False):
         require_guarded(door)
+    require_free(door)
     return _by_llama_cpp(given, door) if given["engine"] == LLAMA_CPP else _by_another(given, door)
 
 

@@ -233,7 +233,11 @@ def _started(
         except RuntimeError:
             pass
     words = "\n".join(f"  {line}" for line in said) or "  (it did not say why)"
-    raise ExportError(f"{path}: llama.cpp cannot serve it at {where[0]}:{where[1]}:\n{words}")
+    at = f" and serve it at {where[0]}:{where[1]}" if where[1] else ""
+    raise ExportError(
+        f"{path}: llama.cpp cannot load it{at}. It says:\n{words}\n"
+        "Expected a whole GGUF file of a model: make it again, or fetch it again."
+    )
 
 
 def _hang_up(port: int) -> None:

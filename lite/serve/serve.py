@@ -1,7 +1,9 @@
 """A server that answers as OpenAI's API does: a GGUF in llama.cpp, until it is asked to stop."""
 
 import ipaddress
+import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,6 +33,21 @@ def require_guarded(door: Door) -> None:
             f"--host {door.host}: whoever reaches this machine could ask the model, for no --api-key is set. Set one, "
             "or pass --force to let everyone in."
         )
+
+
+def require_free(door: Door) -> None:
+    """Raise ExportError if the address cannot be listened at: before a model is exported for it."""
+    family = socket.AF_INET6 if ":" in door.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as trial:
+        if os.name != "nt":  # as servers do: a port that was left a moment ago is free
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            trial.bind((door.host, door.port))
+        except OSError as error:
+            raise ExportError(
+                f"--host {door.host} --port {door.port}: cannot be listened at: {error.strerror or error}. Name another, "
+                "or --port 0 for a free one."
+            ) from None
 
 
 def is_loopback(host: str) -> bool:

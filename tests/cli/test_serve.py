@@ -177,3 +177,13 @@ def test_another_engine_is_told_by_its_command(capsys: pytest.CaptureFixture) ->
 def test_what_cannot_be_is_told(arguments: list[str], told: str, capsys: pytest.CaptureFixture) -> None:
     assert main(["serve", str(served.gguf()), *arguments]) == 2
     assert re.search(told, capsys.readouterr().err)
+
+
+def test_a_port_that_is_taken_is_told_at_once(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Before anything is looked for or exported."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", str(tmp_path / "none"), "--port", str(port)]) == 2
+    said = capsys.readouterr().err
+    assert f"--port {port}: cannot be listened at" in said
+    assert "--port 0" in said

@@ -157,14 +157,14 @@ def test_a_file_that_cannot_be_loaded_and_a_port_that_is_taken(tmp_path: Path) -
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(served.gguf().read_bytes()[:300_000])
     with (
-        pytest.raises(ExportError, match=r"(?s)cut\.gguf: llama\.cpp cannot serve it.*not within the file bounds"),
+        pytest.raises(ExportError, match=r"(?s)cut\.gguf: llama\.cpp cannot load it.*not within the file bounds"),
         llama.running(cut),
     ):
         pass
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with (
-            pytest.raises(ExportError, match=rf"127\.0\.0\.1:{port}:\n.*couldn't bind"),
+            pytest.raises(ExportError, match=rf"127\.0\.0\.1:{port}\. It says:\n.*couldn't bind"),
             llama.running(served.gguf(), port=port),
         ):
             pass

@@ -45,7 +45,7 @@ def require_free(door: Door) -> None:
             trial.bind((door.host, door.port))
         except OSError as error:
             raise ExportError(
-                f"--host {door.host} --port {door.port}: cannot be listened at: {error.strerror or error}. Name another, "
+                f"--host {door.host} --port {door.port}: cannot be listened at: {error.strerror or error}. Another, "
                 "or --port 0 for a free one."
             ) from None
 

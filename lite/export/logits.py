@@ -21,7 +21,14 @@ from lite.model.head import backbone
 HEAD_BYTES = 64 * 2**20  # of the head's rows in fp32 at once
 # Of a mixture of experts transformers stacks what checkpoints have one by one: its name → theirs, in this order.
 STACKED = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("down_proj",), ("w2",))}
-MIXTRAL = ("mlp", "block_sparse_moe")  # transformers' name of the block, and the checkpoint's
+# Parts of transformers' names, and how checkpoints have them: Mixtral's, of models with images, without a head.
+OTHERWISE = (
+    (".mlp.", ".block_sparse_moe."),
+    ("model.language_model.", "language_model.model."),
+    ("model.language_model.", "model."),
+    ("lm_head.", "language_model.lm_head."),
+    ("model.", ""),
+)
 PLACEHOLDER = 0  # the token that pads
 TOGETHER_TOKENS = 1024  # of a sequence that goes with others, at most
 
@@ -133,7 +140,7 @@ def _whole(name: str, weights: Weights) -> Tensor:
 
 def _pieces(name: str, weights: Weights) -> list[list[str]]:
     """The checkpoint's tensors that a parameter is made of: stacked over the outer list, joined over the inner one."""
-    for known in (name, name.replace(f".{MIXTRAL[0]}.", f".{MIXTRAL[1]}.")):
+    for known in (name, *(name.replace(ours, theirs, 1) for ours, theirs in OTHERWISE)):
         if known in weights.shapes:
             return [[known]]
         prefix, _, last = known.rpartition(".")
@@ -150,8 +157,8 @@ def _head_names(model: PreTrainedModel, weights: Weights) -> list[str]:
     """Weight and, if it has one, bias of the head: those of the embedding, where they are tied."""
     paths = {id(module): path for path, module in model.named_modules()}
     head = paths[id(model.get_output_embeddings())]
-    own = [f"{head}.{kind}" for kind in ("weight", "bias") if f"{head}.{kind}" in weights.shapes]
-    return own or [f"{paths[id(model.get_input_embeddings())]}.weight"]
+    own = [piece for kind in ("weight", "bias") for piece in own_names(f"{head}.{kind}", weights)]
+    return own or own_names(f"{paths[id(model.get_input_embeddings())]}.weight", weights)
 
 
 def _logits(hidden: Tensor, source: Source, head: Sequence[str]) -> Tensor:

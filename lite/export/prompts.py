@@ -89,19 +89,22 @@ def cases_of(source: Source, tokenizer: PreTrainedTokenizerBase, data: str | Non
     return Cases(_own(tokenizer), "lite's own prompts", notes)
 
 
-def long_case(cases: Sequence[Case], config: Config) -> Case | None:
+def long_case(cases: Sequence[Case], config: Config, *, slides: bool) -> Case | None:
     """The cases one after another, and again, to where a sliding window has left the first or positions are scaled.
 
-    config: with its defaults, as `architectures.table.find` has it. None of a model that has neither.
+    config: with its defaults, as `architectures.table.find` has it. slides: whether llama.cpp has such a window for the
+    family; else none is gone beyond. None of a model that has neither.
     """
-    window = config.get("sliding_window")
-    slides = window and "sliding_attention" in (config.get("layer_types") or ["sliding_attention"])
+    sliding = "sliding_attention" in (config.get("layer_types") or ["sliding_attention"])
+    window = (config.get("sliding_window") or None) if sliding else None
     scaled = rope(config)["rope_type"] != "default"
-    if not (slides or scaled):
+    if not (scaled or (slides and window)):
         return None
-    length = min(LONG_TOKENS, config["max_position_embeddings"], LONG_TOKENS if scaled else window + BEYOND)
+    lengths = [LONG_TOKENS, config["max_position_embeddings"]]
+    if window:
+        lengths += [] if scaled and slides else [window + BEYOND if slides else window]
     tokens = [token for case in cases for token in (*case.prompt, *(case.answer or ()))]
-    ids = tuple(itertools.islice(itertools.cycle(tokens), length))
+    ids = tuple(itertools.islice(itertools.cycle(tokens), min(lengths)))
     return Case(ids[:-LONG_POSITIONS], ids[-LONG_POSITIONS:])
 
 

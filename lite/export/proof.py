@@ -25,6 +25,7 @@ from lite.export.findings import Differences, Report, problems
 from lite.export.logits import next_logps, next_states
 from lite.export.prompts import CONVERSATIONS, Case, Cases, cases_of, long_case
 from lite.gguf import llama
+from lite.gguf.architectures.refusals import window
 from lite.gguf.architectures.table import find
 from lite.gguf.llama import Answer, Distribution, Llama
 from lite.gguf.probes import PROBES, special_probes
@@ -110,11 +111,13 @@ def prove(
 
 
 def _asked(source: Source, data: str | None) -> _Asked:
-    tokenizer, config = load_tokenizer(source.files), find(source.config)[1]
+    tokenizer, (architecture, config) = load_tokenizer(source.files), find(source.config)
     strings, cases = same_probes(source.files, config), cases_of(source, tokenizer, data)
     every = {*PROBES, *special_probes(tokenizer.all_special_tokens)}
     keys = {name: value.value for name, value in describe(source)[1].kv_data[0].items()}
-    long = long_case(cases.cases, config)
+    known = list(architecture.notes(config))  # what llama.cpp is known to do otherwise
+    long = long_case(cases.cases, config, slides=set(window(config)).isdisjoint(known))
+    cases = replace(cases, notes=[*cases.notes, *known])
     return _Asked(tokenizer, strings, cases, long, stop_tokens(source), keys, len(every - {*strings}))
 
 

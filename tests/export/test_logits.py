@@ -5,12 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from lite.errors import ExportError
 from lite.export import logits
 from lite.export.logits import next_logps, next_states
 from lite.merge.source import Source, source_of
 from tests.architectures import ARCHITECTURES, VOCABULARY, tiny_config
+from tests.gguf.tiny import write_model
 
 SEQUENCES = [[5, 9, 130, 7, 44, 3], [17, 4, 4, 200], list(range(20, 50))]
 AT = [[2, 5], [3], [0, 17, 29]]
@@ -55,6 +57,25 @@ def test_a_long_sequence_goes_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(logits, "TOGETHER_TOKENS", 5)
     for alone, before in zip(next_states(source, SEQUENCES, AT), together, strict=True):
         torch.testing.assert_close(alone, before, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["bare", "images"])
+def test_names_as_other_checkpoints_have_them(kind: str, tmp_path: Path) -> None:
+    """Without `model.` before them, and as older models with images have them, of which the text's part is asked."""
+    if kind == "images":
+        folder = write_model(tmp_path, "gemma3-images")
+        model = transformers.AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager").float()
+    else:
+        model, folder = _model("qwen3"), tmp_path
+        model.save_pretrained(str(folder))
+        weights = load_file(folder / "model.safetensors")
+        bare = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+        save_file(bare, folder / "model.safetensors", {"format": "pt"})
+    source = source_of(folder)
+    found = next_logps(source, next_states(source, SEQUENCES[:1], AT[:1])[0])
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor(SEQUENCES[:1])).logits[0, AT[0]].log_softmax(-1)
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
 
 
 def test_names_the_weights_that_are_not_there(tmp_path: Path) -> None:

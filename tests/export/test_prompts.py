@@ -67,13 +67,18 @@ def test_one_case_goes_beyond_the_window() -> None:
     """Of a model without window and scaling there is none; no longer than the model's context and what is cheap."""
     cases = [Case((1, 2, 3), (4,)), Case((5, 6))]
     plain = {"max_position_embeddings": 32_768, "rope_theta": 10_000.0, "sliding_window": None}
-    sliding = plain | {"sliding_window": 100}
-    assert long_case(cases, plain) is None
-    assert long_case(cases, sliding | {"layer_types": ["full_attention"]}) is None
-    found = long_case(cases, sliding)
-    assert len(found.prompt) + LONG_POSITIONS == 100 + BEYOND
-    assert len(found.answer) == LONG_POSITIONS
-    assert found.prompt[:8] == (1, 2, 3, 4, 5, 6, 1, 2)
-    scaled = long_case(cases, plain | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}})
-    assert len(scaled.prompt) + LONG_POSITIONS == LONG_TOKENS
-    assert len(long_case(cases, sliding | {"max_position_embeddings": 90}).prompt) + LONG_POSITIONS == 90
+    sliding, scaled = plain | {"sliding_window": 100}, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}
+
+    def length(config: dict[str, object], *, slides: bool = True) -> int:
+        found = long_case(cases, config, slides=slides)
+        assert len(found.answer) == LONG_POSITIONS
+        return len(found.prompt) + LONG_POSITIONS
+
+    assert long_case(cases, plain, slides=True) is None
+    assert long_case(cases, sliding | {"layer_types": ["full_attention"]}, slides=True) is None
+    assert long_case(cases, sliding, slides=False) is None
+    assert long_case(cases, sliding, slides=True).prompt[:8] == (1, 2, 3, 4, 5, 6, 1, 2)
+    assert length(sliding) == 100 + BEYOND
+    assert length(sliding | {"max_position_embeddings": 90}) == 90
+    assert length(plain | scaled) == length(sliding | scaled) == LONG_TOKENS
+    assert length(sliding | scaled, slides=False) == 100

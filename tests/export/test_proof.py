@@ -14,13 +14,16 @@ import torch
 
 from lite.export.closeness import bound_of, divergences, regret
 from lite.export.findings import Report
-from lite.export.proof import ANSWER_TOKENS, endless, other_keys, prove
+from lite.export.prompts import LONG_POSITIONS, QUESTIONS
+from lite.export.proof import ANSWER_TOKENS, POSITIONS_EACH, endless, other_keys, prove
 from lite.gguf.llama import Distribution
 from lite.gguf.types import FILE_TYPES
 from lite.gguf.write import write
+from lite.merge.companions import load_tokenizer
 from lite.merge.source import Source, source_of
 from lite.model.catalog import BUNDLED_MODEL
 from tests import served
+from tests.gguf.tiny import write_model
 
 Q8_0 = FILE_TYPES["q8_0"]
 
@@ -160,3 +163,18 @@ def test_no_more_is_named_than_is_wrong(reports: dict[str, Report]) -> None:
 def test_a_key_that_is_missing_is_named() -> None:
     found = other_keys(served.gguf(), {"qwen3.block_count": 4, "qwen3.rope.scaling.factor": 2.0})
     assert found == ["qwen3.rope.scaling.factor is None, not 2.0"]
+
+
+def test_beyond_a_window_and_chats_without_bos(tmp_path: Path) -> None:
+    """A tokenizer that begins plain text with BOS, which its template does not print; and a window.
+
+    Compared are so many positions of each question, and the end of one case that is longer than the window.
+    """
+    source = source_of(write_model(tmp_path, "gemma3"))
+    assert load_tokenizer(source.files)("a")["input_ids"][0] == load_tokenizer(source.files).bos_token_id
+    path, kind = tmp_path / "file.gguf", FILE_TYPES["f16"]
+    write(source, {kind: path})
+    (report,) = prove({path: kind}, source)
+    assert report.problems == []
+    assert report.conversations > 0
+    assert report.positions == len(QUESTIONS) * POSITIONS_EACH + LONG_POSITIONS

@@ -16,6 +16,8 @@ from lite.merge.adapter import CONFIG, WEIGHTS, Adapter
 from lite.merge.checkpoint import Checkpoint
 from lite.merge.source import Source, source_of
 from lite.merge.weights import Merged
+from lite.model import trained_with
+from lite.model.origin import weights_mark
 from lite.train.progress import Progress
 
 CARD = "README.md"
@@ -39,6 +41,7 @@ def write(source: Source, staging: Path, names: list[str], order: Order, progres
     adapter = Adapter.open(source.adapter)
     progress.stage(f"copying {adapter.folder}")
     companions.write(source, staging)
+    trained_with.write(staging, weights_mark(source.base))
     shutil.copyfile(adapter.folder / WEIGHTS, staging / WEIGHTS)
     if (adapter.folder / CARD).is_file():
         shutil.copyfile(adapter.folder / CARD, staging / CARD)

@@ -19,12 +19,10 @@ from typing import Any
 import torch
 
 from lite.data.examples import TokenExample
-from lite.data.prepare import prepare
-from lite.data.source import STDIN
 from lite.errors import DataError, ExportError
 from lite.export import quantised_apart
 from lite.export.order import Order
-from lite.export.prompts import rows_of
+from lite.export.prompts import rows_of, run_rows
 from lite.loss.logps import Logps
 from lite.merge import companions, folder
 from lite.merge.onto import Measured, measured
@@ -55,8 +53,6 @@ def require(source: Source, order: Order) -> None:
             f"--to {order.target}: calibrated on which rows? {source.name} is no run, so it has none of its own. Name "
             "them: --data FILE."
         )
-    if order.data is None and source.recipe.data == STDIN:
-        raise ExportError(f"--to {order.target}: the run's rows came from stdin. Name a file: --data FILE.")
 
 
 def write(source: Source, staging: Path, names: list[str], order: Order, progress: Progress) -> dict[str, Any]:
@@ -111,7 +107,7 @@ def _rows(source: Source, order: Order) -> tuple[list[TokenExample], list[TokenE
     """Rows to calibrate on and rows to score: of the run, or of the file that was named, split in two."""
     tokenizer = companions.load_tokenizer(source.files)
     if order.data is None:
-        data = prepare(source.recipe, tokenizer)
+        data = run_rows(source, tokenizer)
         train, held_out = data.train, data.held_out
     else:
         rows = rows_of(source, tokenizer, order.data)

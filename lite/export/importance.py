@@ -8,12 +8,10 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from lite.data.examples import TokenExample
-from lite.data.prepare import prepare
-from lite.data.source import STDIN
 from lite.errors import ExportError
 from lite.export.logits import own_names, streamed
 from lite.export.order import FROM_DATA, Order
-from lite.export.prompts import rows_of
+from lite.export.prompts import rows_of, run_rows
 from lite.gguf import activations, imatrix
 from lite.gguf.imatrix import Importance
 from lite.gguf.write import describe
@@ -33,8 +31,6 @@ def require(source: Source, order: Order) -> None:
                 f"--imatrix {FROM_DATA}: of which rows? {source.name} is no run, so it has none of its own. Name them: "
                 "--data FILE."
             )
-        if source.recipe.data == STDIN:
-            raise ExportError(f"--imatrix {FROM_DATA}: the run's rows came from stdin. Name a file: --data FILE.")
     elif order.imatrix not in (None, FROM_DATA):
         imatrix.read(Path(order.imatrix).expanduser())
 
@@ -54,8 +50,7 @@ def _rows(source: Source, order: Order) -> list[TokenExample]:
     tokenizer = AutoTokenizer.from_pretrained(str(source.files))
     if order.data is not None:
         return rows_of(source, tokenizer, order.data)
-    assert source.recipe is not None  # `require` has seen to it
-    return prepare(source.recipe, tokenizer).train
+    return run_rows(source, tokenizer).train
 
 
 def _measured(source: Source, rows: Sequence[TokenExample], dataset: str, progress: Progress) -> Importance:

@@ -9,6 +9,7 @@ from typing import Any
 
 from lite.errors import ExportError, raise_collected
 from lite.export.order import TARGETS, Order
+from lite.merge.aside import publish
 from lite.merge.source import Source
 from lite.train import checkpoints, run
 
@@ -60,16 +61,18 @@ def put(staging: Path, paths: Sequence[Path], order: Order, reports: Reports) ->
         final = paths[0]
         _write(staging / REPORT, reports)
         old = final.with_name(f".{final.name}{OLD}-{os.getpid()}")
-        if final.exists():
+        if order.overwrite and final.exists():
             os.replace(final, old)
         try:
-            checkpoints.put(staging, final)
+            publish(staging, final)
         except BaseException:
             if old.exists():
                 os.replace(old, final)
             raise
         shutil.rmtree(old, ignore_errors=True)
         return final / REPORT
+    come = [str(path) for path in paths if path.exists() and not order.overwrite]
+    raise_collected(ExportError, "Something has appeared meanwhile, and stays:", come, "Name another place by -o.")
     for path in paths:
         checkpoints.sync(staging / path.name)
         os.replace(staging / path.name, path)

@@ -58,3 +58,9 @@ def raise_collected(kind: type[LiteError], headline: str, problems: Sequence[str
     if len(problems) > SHOWN_PROBLEMS:
         lines.append(f"  … and {len(problems) - SHOWN_PROBLEMS} more")
     raise kind("\n".join([*lines, advice] if advice else lines))
+
+
+def in_a_line(error: Exception) -> str:
+    """Its message as a line: the headline, and the first of what is listed under it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2]) if lines else type(error).__name__

@@ -43,7 +43,7 @@ ROOMS += ["cli"]
 MATHEMATICS = {"torch"}
 DATA = MATHEMATICS | {"transformers", "tokenizers", "jinja2", "pyarrow"}
 MACHINE = DATA | {"peft", "bitsandbytes", "safetensors", "accelerate", "psutil", "huggingface_hub"}
-LLAMA_CPP = MACHINE | {"numpy", "gguf", "xllamacpp", "sentencepiece"}
+LLAMA_CPP = MACHINE | {"numpy", "gguf", "xllamacpp"}
 PACKAGES = {
     "errors": set(),
     "spellings": set(),

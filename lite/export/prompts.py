@@ -12,7 +12,7 @@ from lite.data.prepare import Prepared, prepare
 from lite.data.problems import BadRow
 from lite.data.source import STDIN
 from lite.data.template import AUTO, NONE, encode, read_template, render
-from lite.errors import DataError, LiteError
+from lite.errors import DataError, LiteError, in_a_line
 from lite.gguf.architectures.architecture import Config
 from lite.gguf.architectures.numbers import rope
 from lite.judge.rows import read_all
@@ -84,7 +84,7 @@ def cases_of(source: Source, tokenizer: PreTrainedTokenizerBase, data: str | Non
                 origin, told = _origin(source, prepared)
                 return _of_rows(prepared.held_out, origin, source, told)
         except (LiteError, OSError) as error:
-            notes.append(f"the run's rows cannot be read: {str(error).splitlines()[0]}")
+            notes.append(f"the run's rows cannot be read: {in_a_line(error)}")
         notes.append("lite's own prompts were asked, not held-out rows of the run")
     return Cases(_own(tokenizer), "lite's own prompts", notes)
 

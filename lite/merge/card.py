@@ -36,8 +36,8 @@ def _parts(source: Source, command: str, record: trained_with.Record) -> Iterato
     if recipe is None:
         yield f"{'An adapter merged into' if source.adapter else 'A copy of'} {base}."
     else:
-        kind = "Every weight of" if source.adapter is None else "An adapter on"
-        yield f"{kind} {base}, trained with `lite {recipe.method.rpartition(':')[2]}`."
+        kind = "Every weight of it" if source.adapter is None else "An adapter, merged here,"
+        yield f"{base}. {kind} was trained with `lite {recipe.method.rpartition(':')[2]}`."
     if source.onto:
         yield f"The adapter was merged onto the {source.onto} weights of the base."
     if source.compared:

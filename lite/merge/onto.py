@@ -18,7 +18,7 @@ from lite.data.examples import TokenExample
 from lite.data.prepare import prepare
 from lite.data.template import AUTO as OWN_TEMPLATE
 from lite.data.template import NONE
-from lite.errors import ExportError, LiteError
+from lite.errors import ExportError, LiteError, in_a_line
 from lite.judge.model import PAIR, SINGLE, ready
 from lite.loss.logps import Logps
 from lite.memory.levers import Levers, pull
@@ -70,7 +70,7 @@ def settled(
     except (LiteError, OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not failures.out_of_memory(error):
             raise
-        progress.note(f"not measured which base is better to merge onto: {str(error).splitlines()[0]}")
+        progress.note(f"not measured which base is better to merge onto: {in_a_line(error)}")
         progress.note(f"merged onto the original weights; the others by --onto {QUANTISED}")
         return original
     for line in table(found):

@@ -220,6 +220,8 @@ def _absent(folder: Path | None, name: str, revision: str | None) -> ExportError
         return ExportError(f"{whose if folder else name} is not there. {expected}")
     fetch = shlex.join(["hf", "download", hub, *(["--revision", revision] if revision else [])])
     otherwise = ", or say where it lies: --base DIR" if folder else ""
+    if not folder:
+        otherwise = ". If it was to be a run: one that is stopped before its first step leaves no folder"
     return ExportError(f"{whose} is not on this machine, or not whole. Get it by `{fetch}`{otherwise}.")
 
 

@@ -185,7 +185,8 @@ def main() -> None:
         model_gib = sum(path.stat().st_size for path in (work / "model").glob("*.safetensors")) / GIB
     share = median(rounds["bare"], "seconds") / median(rounds["lite"], "seconds")
     result = {
-        "command": command().replace(str(asked.llama_cpp), "SOURCE"), "machine": machine(), "type": asked.type, "model_gib": model_gib, "rounds": rounds,
+        "command": command().replace(str(asked.llama_cpp), "SOURCE"), "machine": machine(),
+        "type": asked.type, "model_gib": model_gib, "rounds": rounds,
         "share_of_the_bare_quantiser": share, "peak_gib": median(rounds["lite"], "peak_gib"),
     }  # fmt: skip
     print(f"{model_gib:.2f} GiB of bf16 to {asked.type} by {asked.threads} threads")

@@ -47,11 +47,6 @@ def publish(final: Path, fill: Callable[[Path], object]) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     fill(unfinished)
-    put(unfinished, final)
-
-
-def put(unfinished: Path, final: Path) -> None:
-    """Give a folder, whose every file is on the disk first, the name `final`, in the place of one that may be there."""
     sync_all(unfinished)
     if final.exists():
         # A folder cannot be renamed onto another. Whoever publishes it again can do so once more after a kill here.

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from lite.export import importance
-from lite.export.order import Order
+from lite.export.order import FROM_DATA, Order
 from lite.export.prompts import rows_of
 from lite.export.proof import prove
 from lite.gguf import llama
@@ -37,7 +37,8 @@ def write(source: Source, staging: Path, names: list[str], order: Order, progres
     outputs = {kind: staging / name for kind, name in zip(kinds, names, strict=True)}
     weighed = importance.of(source, order, progress)
     progress.stage(f"writing {', '.join(names)}")
-    done = write_files(source, outputs, importance=weighed, threads=order.threads, progress=progress)
+    named = {} if order.imatrix in (None, FROM_DATA) else {"importance_name": Path(order.imatrix).name}
+    done = write_files(source, outputs, importance=weighed, **named, threads=order.threads, progress=progress)
     whole = {key: done[key] for key in ("tensors", "parameters", "seconds", "left_out")}
     reports = {}
     for kind, name in zip(kinds, names, strict=True):

@@ -25,7 +25,7 @@ from lite.export.order import Order
 from lite.export.prompts import rows_of, run_rows
 from lite.loss.logps import Logps
 from lite.merge import companions, folder
-from lite.merge.onto import Measured, measured
+from lite.merge.onto import Measured, figures, measured
 from lite.merge.source import Source
 from lite.train.progress import Progress
 
@@ -78,7 +78,7 @@ def write(source: Source, staging: Path, names: list[str], order: Order, progres
     shutil.rmtree(merged)
     if not held_out:
         progress.note("no row is held out, so that what it answers was compared with nothing")
-    for line in _table(found):
+    for line in figures([*found.values()]) if found else []:
         progress.note(line)
     _require_kept(found, order)
     said = {name: one._asdict() for name, one in found.items()}
@@ -154,16 +154,6 @@ def _measured(name: str, said: Sequence[Sequence[Sequence[float]]], rows: Sequen
         lengths = torch.tensor([0, *map(len, of_rows)])
         logps[key] = Logps(torch.cat(of_rows), lengths.cumsum(0))
     return measured(name, logps, [label for _, _, label in rows])
-
-
-def _table(found: dict[str, Measured]) -> list[str]:
-    if not found:
-        return []
-    lines = [f"{'held-out rows':<20}{'log p of chosen, a token':>26}{'margin':>12}"]
-    for one in found.values():
-        margin = "–" if one.margin is None else f"{one.margin:.3f}"
-        lines.append(f"{one.weights:<20}{one.chosen_logp:>26.4f}{margin:>12}")
-    return lines
 
 
 def _require_kept(found: dict[str, Measured], order: Order) -> None:

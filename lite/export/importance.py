@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from lite.data.examples import TokenExample
 from lite.errors import ExportError
@@ -13,8 +12,9 @@ from lite.export.logits import own_names, streamed
 from lite.export.order import FROM_DATA, Order
 from lite.export.prompts import rows_of, run_rows
 from lite.gguf import activations, imatrix
+from lite.gguf.architectures import table
 from lite.gguf.imatrix import Importance
-from lite.gguf.write import describe
+from lite.merge.companions import load_tokenizer
 from lite.merge.source import Source
 from lite.model.head import backbone
 from lite.train.progress import Progress
@@ -47,7 +47,7 @@ def of(source: Source, order: Order, progress: Progress) -> Importance | None:
 
 def _rows(source: Source, order: Order) -> list[TokenExample]:
     """Rows of the file that was named, else those that the run was trained on."""
-    tokenizer = AutoTokenizer.from_pretrained(str(source.files))
+    tokenizer = load_tokenizer(source.files)
     if order.data is not None:
         return rows_of(source, tokenizer, order.data)
     return run_rows(source, tokenizer).train
@@ -62,7 +62,7 @@ def _measured(source: Source, rows: Sequence[TokenExample], dataset: str, progre
     inner = backbone(model)
     prefix = next(path for path, module in model.named_modules() if module is inner)
     becomes: dict[str, list[str]] = {}  # a tensor of the checkpoint → those of the file that are made of it
-    for tensor in describe(source)[0].tensors:
+    for tensor in table.plan(source.config, source.weights).tensors:
         for piece in tensor.pieces:
             becomes.setdefault(piece.tensor, []).append(tensor.name)
 

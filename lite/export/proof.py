@@ -26,11 +26,9 @@ from lite.export.logits import next_logps, next_states
 from lite.export.prompts import CONVERSATIONS, Case, Cases, cases_of, long_case
 from lite.gguf import llama
 from lite.gguf.architectures.refusals import window
-from lite.gguf.architectures.table import find
 from lite.gguf.llama import Answer, Distribution, Llama
 from lite.gguf.probes import PROBES, special_probes
 from lite.gguf.types import FileType
-from lite.gguf.vocabulary import same_probes
 from lite.gguf.write import describe
 from lite.merge.companions import load_tokenizer, stop_tokens
 from lite.merge.source import Source
@@ -111,10 +109,11 @@ def prove(
 
 
 def _asked(source: Source, data: str | None) -> _Asked:
-    tokenizer, (architecture, config) = load_tokenizer(source.files), find(source.config)
-    strings, cases = same_probes(source.files, config), cases_of(source, tokenizer, data)
+    plan, writer, strings = describe(source)
+    architecture, config, tokenizer = plan.architecture, plan.config, load_tokenizer(source.files)
+    cases = cases_of(source, tokenizer, data)
     every = {*PROBES, *special_probes(tokenizer.all_special_tokens)}
-    keys = {name: value.value for name, value in describe(source)[1].kv_data[0].items()}
+    keys = {name: value.value for name, value in writer.kv_data[0].items()}
     known = list(architecture.notes(config))  # what llama.cpp is known to do otherwise
     long = long_case(cases.cases, config, slides=set(window(config)).isdisjoint(known))
     cases = replace(cases, notes=[*cases.notes, *known])

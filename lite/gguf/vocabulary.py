@@ -45,13 +45,18 @@ class Vocabulary:
     space_prefix: bool = False  # whether a text, and what follows a special token, begins as if after a space
 
 
-def add_vocabulary(writer: gguf.GGUFWriter, files: Path, config: Mapping[str, Any], *, stops: Sequence[int]) -> None:
+def add_vocabulary(
+    writer: gguf.GGUFWriter, files: Path, config: Mapping[str, Any], *, stops: Sequence[int]
+) -> tuple[str, ...]:
     """Add all `tokenizer.*` keys: the tokenizer of the folder `files`, its special and stop tokens, its chat template.
 
     files: folder with tokenizer.json, tokenizer_config.json and, if the model has one, its tokenizer.model. config: the
     model's config.json; there are as many tokens as its vocab_size. stops: ids that end an answer, at least one.
     The keys and values are those of llama.cpp's converter, except where these would make another tokenizer of it than
     was trained with; tests/gguf/test_vocabulary.py names each.
+    Returns strings of which llama.cpp, with the file, and the tokenizer that was trained with make the same ids:
+    `PROBES`, less those that llama.cpp is known to cut otherwise whatever the file says (of which a warning is logged),
+    and strings around the special tokens.
     Raises ExportError for a tokenizer that llama.cpp has no way to be: another model than BPE, a normalizer, an unknown
     pre-tokenizer, more stop tokens than a file can say.
     """
@@ -72,15 +77,7 @@ def add_vocabulary(writer: gguf.GGUFWriter, files: Path, config: Mapping[str, An
     add_special_tokens(writer, tokenizer, config, vocabulary.tokens, stops)
     if not tokenizer.tokenizer.chat_template:
         writer.add_chat_template(PLAIN_TEXT)
-
-
-def same_probes(files: Path, config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Strings of which llama.cpp, with the file, and the tokenizer that was trained with make the same ids.
-
-    `PROBES`, less those that llama.cpp is known to cut otherwise whatever the file says (of which a warning is logged),
-    and strings around the special tokens. Raises ExportError as `add_vocabulary` does.
-    """
-    return vocabulary_of(read_tokenizer(files), config["vocab_size"], model_type=config.get("model_type", "")).probes
+    return vocabulary.probes
 
 
 def vocabulary_of(tokenizer: TrainedTokenizer, rows: int, *, model_type: str) -> Vocabulary:

@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
@@ -78,7 +78,7 @@ def write(
     began_s = time.monotonic()
     progress = progress or Quiet()
     _refuse_one_path(outputs)
-    planned, keys = describe(source)
+    planned, keys, _ = describe(source)
     for note in (*_summed(planned.left_out), *planned.architecture.notes(planned.config)):
         progress.note(note)
     if importance is not None:
@@ -128,18 +128,26 @@ def _writer(
     return writer
 
 
-def describe(source: Source) -> tuple[table.Plan, gguf.GGUFWriter]:
-    """The tensors of the file, and a writer that holds every key but `general.file_type`."""
+class Described(NamedTuple):
+    """A file before its type is known."""
+
+    plan: table.Plan  # its tensors
+    keys: gguf.GGUFWriter  # which holds every key but `general.file_type`
+    probes: tuple[str, ...]  # strings to try its tokenizer with: `add_vocabulary`
+
+
+def describe(source: Source) -> Described:
+    """What a file of the model will say, whatever its type. Raises ExportError as `write` does."""
     planned = table.plan(source.config, source.weights)
     architecture, config = planned.architecture, planned.config
     # First, though these keys come last: it tells what is wrong with the files that the rest reads too.
     vocabulary = gguf.GGUFWriter(None, architecture.name)
-    add_vocabulary(vocabulary, source.files, config, stops=stop_tokens(source))
+    probes = add_vocabulary(vocabulary, source.files, config, stops=stop_tokens(source))
     writer = gguf.GGUFWriter(None, architecture.name)
     add_general(writer, source, [TensorInfo(tensor.name, tensor.shape, Kind.F32) for tensor in planned.tensors])
     architecture.numbers(writer, config)
     writer.kv_data[0].update(vocabulary.kv_data[0])
-    return planned, writer
+    return Described(planned, writer, probes)
 
 
 def model_of(planned: table.Plan) -> mixtures.Model:

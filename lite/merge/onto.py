@@ -16,6 +16,7 @@ import torch
 
 from lite.data.examples import TokenExample
 from lite.data.prepare import prepare
+from lite.data.source import STDIN
 from lite.data.template import AUTO as OWN_TEMPLATE
 from lite.data.template import NONE
 from lite.errors import ExportError, LiteError, in_a_line
@@ -125,11 +126,16 @@ def better(found: Sequence[Measured]) -> str:
 
 def table(found: Sequence[Measured]) -> list[str]:
     """The figures as lines, and the choice."""
+    return [*figures(found), f"merged onto the {better(found)} weights, under which log p of chosen is higher"]
+
+
+def figures(found: Sequence[Measured]) -> list[str]:
+    """A line for each model, under a headline."""
     lines = [f"{'held-out rows':<20}{'log p of chosen, a token':>26}{'margin':>12}"]
     for one in found:
         margin = "–" if one.margin is None else f"{one.margin:.3f}"
         lines.append(f"{one.weights:<20}{one.chosen_logp:>26.4f}{margin:>12}")
-    return [*lines, f"merged onto the {better(found)} weights, under which log p of chosen is higher"]
+    return lines
 
 
 def _judging(recipe: Recipe) -> Recipe:
@@ -148,7 +154,7 @@ def _judging(recipe: Recipe) -> Recipe:
 
 def _rows(source: Source, recipe: Recipe) -> list[TokenExample]:
     """The rows that the run held out. Raises ExportError if there are none, or the data is no longer the run's."""
-    if "-" in (recipe.data, recipe.eval_data):
+    if STDIN in (recipe.data, recipe.eval_data):
         raise ExportError("the run's rows came from stdin")
     data = prepare(recipe, load_tokenizer(source.files))
     if not data.held_out:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from lite.errors import ExportError, LiteError, RunError, raise_collected
+from lite.merge.adapter import CONFIG as ADAPTER_CONFIG
 from lite.merge.adapter import Adapter
 from lite.merge.checkpoint import Checkpoint
 from lite.merge.nf4 import Quantised
@@ -27,7 +28,6 @@ from lite.train.interrupt import command
 
 ORIGINAL, QUANTISED = "original", "quantised"
 ADAPTER, MODEL = "adapter", "model"  # in a run's folder: what training leaves, of which it has one
-ADAPTER_CONFIG = "adapter_config.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
 

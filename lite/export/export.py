@@ -20,6 +20,12 @@ from lite.merge.source import ORIGINAL, Source
 from lite.train import failures
 from lite.train.progress import Progress, Quiet
 
+# The model is read a few rows at a time where it is written, but run to be compared with what was.
+ROOM = (
+    "Close what else uses the GPU, hide it (CUDA_VISIBLE_DEVICES=) to compare on the CPU, or pass --no-check; where "
+    "two bases are measured, --onto original."
+)
+
 
 class Exported(NamedTuple):
     """What an export left: its files, or its one folder, and by their names what export_report.json says of each."""
@@ -37,7 +43,7 @@ def export(order: Order, progress: Progress | None = None) -> Exported:
     What can be refused is refused before anything is measured or written: that may take an hour.
     """
     progress = progress or Quiet()
-    with _told(progress):
+    with failures.told(progress, ROOM):
         target = target_of(order.target)
         source = settled(order.source, base=order.base, onto=ORIGINAL if order.onto == AUTO else order.onto)
         paths = place.finals(order, target.names(source, order))
@@ -64,23 +70,6 @@ def target_of(name: str) -> ModuleType:
     """The module of a target. Raises ExportError, with the nearest, if there is none of the name."""
     require_target(name)
     return importlib.import_module(f"lite.export.{TARGETS[name][0]}")
-
-
-@contextmanager
-def _told(progress: Progress) -> Iterator[None]:
-    """Close progress however it ends, and say what to do where there is no room for the model that is compared with."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not failures.out_of_memory(error):
-            raise
-        raise ExportError(
-            f"Out of memory: {str(error).splitlines()[0]}\nThe model is read a few rows at a time where it is written, "
-            "and run to be compared with what was. Close what else uses the GPU, hide it (CUDA_VISIBLE_DEVICES=) to "
-            "compare on the CPU, or pass --no-check; where two bases are measured, --onto original."
-        ) from error
-    finally:
-        progress.close()
 
 
 @contextmanager

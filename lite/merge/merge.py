@@ -13,6 +13,9 @@ from lite.model import trained_with
 from lite.train import failures
 from lite.train.progress import Progress, Quiet
 
+# Merging reads a few rows at a time; measuring loads a whole model.
+ROOM = "Close what else uses memory, or leave out the measuring of two bases: --onto original."
+
 
 def merge(
     name: str | Path,
@@ -28,7 +31,7 @@ def merge(
     folder that is taken, or is by the end; a full disk. Nothing is left under the name `to` then.
     """
     progress = progress or Quiet()
-    with failures.told(progress):
+    with failures.told(progress, ROOM):
         to = to.expanduser()
         require_free(to)
         source = settled(name, base=base, onto=onto, progress=progress)

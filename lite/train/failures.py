@@ -22,14 +22,14 @@ ALONE = "Lower --chunk-tokens or --max-length, or quantise the base (--4bit)."
 
 
 @contextmanager
-def told(progress: Progress) -> Iterator[None]:
-    """Close progress however it ends, and say what to lower where the GPU has no room."""
+def told(progress: Progress, advice: str = LOWER) -> Iterator[None]:
+    """Close progress however it ends, and say what to do where there is no room: by default what to lower."""
     try:
         yield
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
-        raise no_room(error) from error
+        raise no_room(error, advice) from error
     finally:
         progress.close()
 
@@ -61,9 +61,9 @@ def too_large(what: str, largest: int, error: Exception) -> RunError:
     )
 
 
-def no_room(error: Exception) -> RunError:
+def no_room(error: Exception, advice: str = LOWER) -> RunError:
     """There is no room for what comes before, between and after the steps."""
-    return RunError(f"Out of {_whose(error)}. {_first_line(error)}\n{LOWER}")
+    return RunError(f"Out of {_whose(error)}. {_first_line(error)}\n{advice}")
 
 
 def _whose(error: Exception) -> str:

@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lite.errors import ExportError, raise_collected
 from lite.merge.source import Source
-from lite.merge.weights import Weights
 from lite.model.head import backbone
+from lite.model.shards import Weights
 
 HEAD_BYTES = 64 * 2**20  # of the head's rows in fp32 at once
 # Of a mixture of experts transformers stacks what checkpoints have one by one: its name → theirs, in this order.

@@ -11,7 +11,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from lite.merge.weights import Weights
+from lite.model.shards import Weights
 
 
 @dataclass(frozen=True)

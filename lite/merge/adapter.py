@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from lite.errors import ExportError, raise_collected
-from lite.merge.stored import Stored, safetensors_file
 from lite.merge.update import Update
+from lite.model.stored import Stored, safetensors_file
 from lite.model.trained_with import json_object
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

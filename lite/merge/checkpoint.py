@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lite.errors import ExportError, raise_collected
 from lite.merge.packed import Packed, packed
-from lite.merge.stored import Stored, safetensors_file, torch_file
+from lite.model.stored import Stored, safetensors_file, torch_file
 from lite.model.trained_with import json_object
 
 FLOATS = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16))

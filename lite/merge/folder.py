@@ -5,12 +5,19 @@ import math
 from pathlib import Path
 from typing import Any
 
-from lite.merge import card, companions, shards
+from lite.merge import card, companions
 from lite.merge.source import Source
-from lite.model import trained_with
+from lite.model import shards, trained_with
 from lite.train.progress import Progress
 
 MIB = 2**20
+ADVICE = shards.Advice(
+    room="Make room, lift the limit on the size of files, or choose a folder on another disk with -o.",
+    too_large="The base is stored in it. Merge onto the base in bfloat16 or float32: --base DIR.",
+    not_finite="Expected finite numbers: the base's files or the adapter's have others, or the adapter's are too\n"
+    "large to be multiplied. Fetch the base again; if it is sound, the training has diverged: start it again\n"
+    "with a lower --learning-rate.",
+)
 
 
 def write(source: Source, folder: Path, progress: Progress, *, command: str = "") -> dict[str, Any]:
@@ -31,7 +38,7 @@ def write(source: Source, folder: Path, progress: Progress, *, command: str = ""
             progress.rows(now, math.ceil(total / MIB), "MiB")
 
     companions.write(source, folder)  # first, for it takes no time and may find something missing
-    files = shards.write(folder, source.weights, dtypes, advance=advance)
+    files = shards.write(folder, source.weights, dtypes, advance=advance, advice=ADVICE)
     config = json.dumps(source.config, indent=2, ensure_ascii=False) + "\n"
     (folder / "config.json").write_text(config, encoding="utf-8")
     command = command or f"lite merge {source.name}"

@@ -19,8 +19,8 @@ from transformers.quantizers.base import HfQuantizer
 from lite.errors import ExportError
 from lite.merge.names import place
 from lite.merge.packed import Last, from_int8
-from lite.merge.weights import Weights
 from lite.model.frozen import from_four_bits
+from lite.model.shards import Weights
 
 
 class Quantised:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lite.merge.stored import Stored
+from lite.model.stored import Stored
 
 
 class Last:

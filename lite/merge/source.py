@@ -17,10 +17,11 @@ from lite.merge.adapter import CONFIG as ADAPTER_CONFIG
 from lite.merge.adapter import Adapter
 from lite.merge.checkpoint import Checkpoint
 from lite.merge.nf4 import Quantised
-from lite.merge.weights import Merged, Weights
+from lite.merge.weights import Merged
 from lite.model import catalog, trained_with
 from lite.model.load import compute_dtype
 from lite.model.origin import folder_of
+from lite.model.shards import Weights
 from lite.model.trained_with import json_object
 from lite.recipe import BUNDLED, Recipe
 from lite.train import run

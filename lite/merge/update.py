@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lite.merge.stored import Stored
-
-BLOCK = 256  # rows
+from lite.model.shards import BLOCK
+from lite.model.stored import Stored
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,6 @@
-"""Weights: what every exporter reads, whoever made them.
-
-A model's weights are never in memory together. They are known by name and shape, and are read by rows.
-"""
+"""Weights: a base and an adapter as one model, read by rows and never in memory together."""
 
 from collections.abc import Mapping
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +9,7 @@ from lite.errors import ExportError, raise_collected
 from lite.merge import names
 from lite.merge.adapter import Adapter
 from lite.merge.update import Update
+from lite.model.shards import Weights
 
 ANOTHER = "Expected the base that it was trained on: see base_model_name_or_path in its adapter_config.json."
 RENAMED = (
@@ -20,23 +17,6 @@ RENAMED = (
     "names when it loads the model (as a Mixtral's router and experts), and which are not merged here: leave them out\n"
     "of target_modules and modules_to_save, or let peft merge them, by `merge_and_unload`."
 )
-
-
-class Weights(Protocol):
-    """A model's weights by the names of its checkpoint (`model.layers.0.mlp.up_proj.weight`)."""
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Every tensor and its shape, in the checkpoint's own order; a scalar has ()."""
-
-    def dtype(self, name: str) -> torch.dtype:
-        """The floating-point dtype that the tensor is stored in, or that its quantised form stands for."""
-
-    def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows [start, stop) of the first axis, in memory of their own: in `dtype`, or fp32 where something was added.
-
-        Raises ExportError if the file can no longer be read.
-        """
 
 
 class Merged:

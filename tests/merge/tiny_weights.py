@@ -10,8 +10,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lite.merge import shards
 from lite.merge.weights import Merged
+from lite.model import shards
 
 IDS = torch.arange(3, 43)[None]
 

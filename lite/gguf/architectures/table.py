@@ -12,7 +12,7 @@ from lite.gguf.architectures.llama import LLAMA
 from lite.gguf.architectures.phi import PHI3
 from lite.gguf.architectures.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
 from lite.gguf.planned import Piece, Planned
-from lite.merge.weights import Weights
+from lite.model.shards import Weights
 from lite.spellings import nearest
 
 ARCHITECTURES = (LLAMA, QWEN2, QWEN3, QWEN2_MOE, QWEN3_MOE, GEMMA, GEMMA2, GEMMA3, PHI3)

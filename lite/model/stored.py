@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lite.errors import ExportError
 
-DTYPES = {
+DTYPES = {  # by their names in a safetensors file
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from lite.errors import ExportError
-from lite.merge import shards
 from lite.merge.checkpoint import Checkpoint
+from lite.model import shards
 from tests.merge.tiny_weights import InMemory
 
 TENSORS = {
@@ -112,3 +112,21 @@ def test_numbers_that_are_not_finite(tmp_path: Path, value: float, dtype: torch.
     values[5, 7] = value
     with pytest.raises(ExportError, match=told):
         shards.write(tmp_path, InMemory({"x": values}), {"x": dtype})
+
+
+def test_exactly_as_they_are(tmp_path: Path) -> None:
+    """Codes beside weights, and numbers that are not finite; bits are compared, for NaN equals nothing."""
+    tensors = {
+        "codes": torch.arange(256, dtype=torch.uint8).view(16, 16),
+        "flags": torch.tensor([True, False]),
+        "wide": torch.tensor([1.0, float("nan")], dtype=torch.float64),
+        "bf16": torch.tensor([float("inf"), 2.0]).bfloat16(),
+    }
+    shards.write_exactly(tmp_path, InMemory(tensors))
+    loaded = load_file(tmp_path / "model.safetensors")
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert loaded[name].dtype == tensor.dtype
+        assert torch.equal(loaded[name].view(torch.uint8), tensor.view(torch.uint8))
+    with pytest.raises(OSError, match=r"No such file or directory. They need 0.0 MiB"):
+        shards.write_exactly(tmp_path / "absent", InMemory(tensors))

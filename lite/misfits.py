@@ -1,12 +1,13 @@
 """What no single setting of a recipe can tell: losses and keys that do not exist, settings that exclude each other."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from pydantic.fields import FieldInfo
 
-from lite import signatures, sizes, spellings
+from lite import hyperparameters, signatures, sizes, spellings
 from lite.errors import RecipeError
+from lite.settings import STANDS_FOR, Shorthands, expanded
 
 
 class Problem(NamedTuple):
@@ -18,7 +19,10 @@ class Problem(NamedTuple):
 
 def misfits(values: Mapping[str, Any], fields: Mapping[str, FieldInfo]) -> list[Problem]:
     """What no single field can tell: a loss or a key that does not exist, and settings that exclude each other."""
-    found = []
+    found = _of_shorthands(values)
+    word = next((word for word in STANDS_FOR if values.get(word) is True), "full")
+    values = expanded(values)
+    found += _of_full_training(values, fields, word)
     if values.get("load_in_4bit") is True and values.get("load_in_8bit") is True:
         found.append(
             Problem("load_in_4bit", " = True beside load_in_8bit = True: a base is quantised once. Take one of them.")
@@ -43,21 +47,112 @@ def misfits(values: Mapping[str, Any], fields: Mapping[str, FieldInfo]) -> list[
     except RecipeError as error:
         key = "loss" if str(error).startswith("loss") else "method"
         return [*found, Problem(key, str(error).removeprefix(key))]
-    hyperparameters = signature.hyperparameters
+    own = signature.hyperparameters
     found += _of_reference(signature, values, fields)
-    for key in hyperparameters.keys() & fields.keys():
+    for key in own.keys() & {*fields, *STANDS_FOR}:
         found.append(Problem(key, f": a setting of every run, so {method} cannot have a hyperparameter of this name."))
     for key in values.keys() - fields.keys():
-        if key not in hyperparameters:
+        if key not in own:
             found.append(Problem(key, _unknown(key, signature, fields)))
-        elif problem := hyperparameters[key].problem(values[key]):
+        elif problem := own[key].problem(values[key]):
             found.append(Problem(key, problem.removeprefix(key)))
     for key, (other, value) in signature.only_when.items():
-        default = hyperparameters[key].default
-        if values.get(key, default) != default and values.get(other, hyperparameters[other].default) != value:
+        default = own[key].default
+        if values.get(key, default) != default and values.get(other, own[other].default) != value:
             text = f" = {values[key]!r} counts only with {other} = {value}. Set that, or leave it out."
             found.append(Problem(key, text))
     return sorted(found)
+
+
+def _of_shorthands(values: Mapping[str, Any]) -> list[Problem]:
+    """Shorthands that are no switch, or that are beside another value of what they stand for."""
+    found = []
+    for word in STANDS_FOR.keys() & values.keys():
+        given, meaning = values[word], STANDS_FOR[word]
+        stands_for = " and ".join(f"{key} = {value}" for key, value in meaning.items())
+        if not isinstance(given, bool):
+            found.append(Problem(word, f" = {given!r}: expected {hyperparameters.WORDS[bool]}."))
+        elif given:
+            beside = f" beside {word}, which stands for {stands_for}. Leave one of them out."
+            others = (key for key, value in meaning.items() if values.get(key, value) != value)
+            found += [Problem(key, f" = {values[key]!r}{beside}") for key in others]
+        elif all(values.get(key) == value for key, value in meaning.items()):
+            text = f" = False beside {stands_for}, for which it stands. Set one of these otherwise, or leave it out."
+            found.append(Problem(word, text))
+    return found
+
+
+OF_GALORE_TORCH = ("galore_rank", "galore_scale", "galore_update_interval")  # of GaLore's settings, what it has too
+
+
+def _of_full_training(values: Mapping[str, Any], fields: Mapping[str, FieldInfo], word: str) -> list[Problem]:
+    """Settings of full training without it, and beside it what an adapter or a frozen base alone can have.
+
+    word: by which full training was asked for.
+    """
+    asked = {key: value for key, value in values.items() if key in fields and value != fields[key].default}
+    full, optimizer = asked.get("full", False), asked.get("optimizer", fields["optimizer"].default)
+    if not isinstance(full, bool) or optimizer not in get_args(fields["optimizer"].annotation):
+        return []
+    of_galore = [key for key in asked if key.startswith("galore_") or key in ("vector_learning_rate", "int8_weights")]
+    found = []
+    if not full:
+        projects = optimizer.startswith("galore")
+        for key in [*of_galore, *(["train_embeddings"] if "train_embeddings" in asked else [])]:
+            give = "--full" if projects else "--galore, or --full" if key == "train_embeddings" else "--galore"
+            text = f" = {asked[key]!r} without full: an adapter is trained, and this is of full training. Give {give}."
+            found.append(Problem(key, text))
+        if projects:
+            text = f" = {optimizer!r} without full: it trains whole weights, not an adapter. Give --full"
+            found.append(Problem("optimizer", text + (", or --galore for both." if optimizer == "galore" else ".")))
+        return found
+    for key in of_galore:
+        if optimizer != "galore" and not (optimizer == "galore-torch" and key in OF_GALORE_TORCH):
+            text = f" = {asked[key]!r} beside optimizer = {optimizer}, which has no such setting. "
+            found.append(Problem(key, text + "Take --optimizer galore, or leave it out."))
+    return [*found, *_of_projection(asked, fields), *_beside_full(asked, fields, word)]
+
+
+def _of_projection(asked: Mapping[str, Any], fields: Mapping[str, FieldInfo]) -> list[Problem]:
+    """Settings that only another projection has, and a sketch that would not be done when it is needed."""
+    found = []
+    projection, interval, steps = (
+        asked.get(key, fields[key].default)
+        for key in ("galore_projection", "galore_update_interval", "galore_sketch_steps")
+    )
+    if "galore_sketch_steps" in asked and projection != "sketch":
+        text = f" = {steps!r} beside galore_projection = {projection}: only a sketch sums steps. Leave one of them out."
+        found.append(Problem("galore_sketch_steps", text))
+    elif isinstance(steps, int) and isinstance(interval, int) and steps > max(interval, 1):
+        text = f" = {steps} beside galore_update_interval = {interval}: a sketch lasts no longer than its subspace."
+        found.append(Problem("galore_sketch_steps", f"{text} Take at most {interval}."))
+    if "galore_adaptive" in asked and projection == "random":
+        text = (
+            f" = {asked['galore_adaptive']!r} beside galore_projection = random: a random subspace never stands still."
+        )
+        found.append(Problem("galore_adaptive", f"{text} Leave one of them out."))
+    return found
+
+
+def _beside_full(asked: Mapping[str, Any], fields: Mapping[str, FieldInfo], word: str) -> list[Problem]:
+    """What only an adapter or a frozen base can have, beside full training."""
+    texts = {
+        "load_in_4bit": "quantised weights cannot be trained. Leave it out, or take --galore --int8-weights.",
+        "layers_on_host": "only frozen layers lie on the host, and these are trained. Leave it out.",
+        "adapter": "whole weights are trained. Put it into its base first: "
+        f"lite merge {asked.get('adapter')} -o MODEL, then --model MODEL.",
+        "run": f"whole weights are gone on from by --model {asked.get('run')}/model. "
+        f"If the run left an adapter: lite merge {asked.get('run')} -o MODEL, then --model MODEL.",
+    }
+    texts["load_in_8bit"] = texts["load_in_4bit"]
+    for key in fields:
+        if fields[key].json_schema_extra["panel"] == "Adapter":  # type: ignore[index]
+            texts.setdefault(key, "there is no adapter. Leave it out.")
+    found = [Problem(key, f" = {asked[key]!r} beside {word}: {text}") for key, text in texts.items() if asked.get(key)]
+    if asked.get("embedding_on_host") and asked.get("train_embeddings"):
+        text = f" = {asked['embedding_on_host']!r} beside train_embeddings: a trained embedding stays on the card."
+        found.append(Problem("embedding_on_host", f"{text} Leave one of them out."))
+    return found
 
 
 # Levers that only recomputed layers have, and what each of them needs.
@@ -121,11 +216,12 @@ def _of_reference(
 
 
 def _unknown(key: str, signature: signatures.Signature, fields: Mapping[str, FieldInfo]) -> str:
-    known = [*fields, *signature.hyperparameters]
+    settings = {**fields, **Shorthands.model_fields}
+    known = [*settings, *signature.hyperparameters]
     method = signature.name
     text = f": no such setting of {method}."
     if ours := spellings.foreign(key, known):
-        field = fields.get(ours)
+        field = settings.get(ours)
         return f"{text} lite calls it {ours}" + (f": {field.description}" if field else ".")
     if instead := spellings.elsewhere(key):
         return f"{text} {instead}"

@@ -1,4 +1,4 @@
-"""Settings of the reference that leave each other, or the loss, without meaning."""
+"""Settings of the reference and of full training that leave each other, or the loss, without meaning."""
 
 import pytest
 
@@ -49,3 +49,60 @@ def test_what_goes_together(settings: dict) -> None:
 def test_a_setting_of_another_variant(settings: dict, told: str) -> None:
     with pytest.raises(RecipeError, match=told):
         Recipe(method="dpo", **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"train_embeddings": True}, "train_embeddings = True without full: .* Give --galore, or --full."),
+        ({"galore_rank": 8}, "galore_rank = 8 without full: .* Give --galore."),
+        ({"vector_learning_rate": 1e-5}, "vector_learning_rate = 1e-05 without full"),
+        ({"int8_weights": True}, "int8_weights = True without full"),
+        ({"optimizer": "galore"}, "optimizer = 'galore' without full: .* Give --full, or --galore for both."),
+        ({"optimizer": "galore-torch"}, "optimizer = 'galore-torch' without full: .* Give --full.$"),
+        ({"full": True, "int8_weights": True}, "int8_weights = True beside optimizer = adamw"),
+        ({"full": True, "optimizer": "adamw-8bit", "galore_rank": 8}, "galore_rank = 8 beside optimizer = adamw-8bit"),
+        ({"full": True, "optimizer": "galore-torch", "galore_states": "float32"}, "galore_states = 'float32' beside"),
+        ({"full": True, "vector_learning_rate": 0.1}, "vector_learning_rate = 0.1 beside optimizer = adamw"),
+        ({"galore": True, "galore_projection": "svd", "galore_sketch_steps": 4}, "only a sketch sums steps"),
+        ({"galore": True, "galore_update_interval": 2, "galore_sketch_steps": 4}, "Take at most 2."),
+        ({"galore": True, "galore_projection": "random", "galore_adaptive": True}, "galore_adaptive = True beside"),
+        ({"full": True, "load_in_4bit": True}, "load_in_4bit = True beside full: .* --galore --int8-weights"),
+        ({"galore": True, "load_in_8bit": True}, "load_in_8bit = True beside galore"),
+        ({"full": True, "adapter": "a"}, "adapter = 'a' beside full: .* lite merge a -o MODEL, then --model MODEL"),
+        ({"full": True, "run": "runs/x"}, "run = 'runs/x' beside full: .* --model runs/x/model"),
+        ({"full": True, "lora_r": 8}, "lora_r = 8 beside full: there is no adapter"),
+        ({"full": True, "use_dora": True}, "use_dora = True beside full"),
+        ({"full": True, "lora_dropout": 0.1}, "lora_dropout = 0.1 beside full"),
+        ({"full": True, "layers_on_host": 2}, "layers_on_host = 2 beside full"),
+        ({"galore": True, "train_embeddings": True, "embedding_on_host": True}, "embedding_on_host = True beside"),
+        ({"galore": True, "optimizer": "adamw"}, "optimizer = 'adamw' beside galore, which stands for"),
+        ({"galore": True, "full": False}, "full = False beside galore, which stands for"),
+        ({"galore": False, "full": True, "optimizer": "galore"}, "galore = False beside full = True"),
+        ({"galore": "yes"}, "galore = 'yes': expected true or false."),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_excludes_each_other_in_full_training(settings: dict, told: str) -> None:
+    with pytest.raises(RecipeError, match=told) as caught:
+        Recipe(**settings)
+    assert len(str(caught.value).splitlines()) == 2  # the headline, and one problem told once
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"galore": True, "optimizer": "galore", "full": True},
+        {"galore": True, "int8_weights": True, "galore_merge": "refresh", "vector_learning_rate": 1e-5},
+        {"galore": True, "train_embeddings": True, "galore_projection": "random", "galore_states": "float32"},
+        {"galore": True, "galore_sketch_steps": 4, "galore_adaptive": True, "galore_update_interval": 4},
+        {"galore": True, "galore_update_interval": 1},
+        {"galore": True, "lora_r": 16, "use_dora": False, "layers_on_host": 0, "embedding_on_host": True},
+        {"full": True, "optimizer": "galore-torch", "galore_rank": 8, "galore_scale": 1.0, "galore_update_interval": 5},
+        {"full": True, "train_embeddings": True, "method": "dpo", "ref": "other", "ref_load_in_4bit": True},
+        {"full": False, "galore_rank": 128, "lora_r": 8, "load_in_4bit": True, "layers_on_host": 2},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_goes_together_in_full_training(settings: dict) -> None:
+    assert Recipe(**settings).full is (settings.get("full") is not False)

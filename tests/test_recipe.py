@@ -96,6 +96,10 @@ def test_comments_alone_are_a_recipe(tmp_path: Path) -> None:
         ("max_step", "Did you mean max_steps?"),
         ("lora_rank", "lite calls it lora_r: Rank of the adapter."),
         ("pref_beta", "lite calls it beta."),
+        ("use_galore", "lite calls it galore: Short for --full --optimizer galore"),
+        ("finetuning_type", "with --full, or --galore, every weight"),
+        ("galore_layerwise", "each gradient is projected as it arises"),
+        ("galor", "Did you mean galore?"),
         ("gradient_accumulation_steps", "lite calls it batch_size: Examples per optimizer step"),
         ("zzz", "See `lite orpo --help`."),
     ],
@@ -157,6 +161,61 @@ def test_a_saved_recipe_is_the_same_recipe(tmp_path: Path) -> None:
 def test_the_learning_rate_is_the_losss_own_unless_set() -> None:
     assert Recipe(method="sft").peak_learning_rate == 2e-4
     assert Recipe(method="sft", learning_rate=1e-6).peak_learning_rate == 1e-6
+
+
+@pytest.mark.parametrize(
+    ("settings", "rate"),
+    [
+        ({}, 5e-5),
+        ({"full": True}, 5e-6),
+        ({"full": True, "optimizer": "paged-adamw-8bit"}, 5e-6),
+        ({"full": True, "optimizer": "galore-torch"}, 5e-5),
+        ({"galore": True}, 5e-5),
+        ({"full": True, "learning_rate": 1e-4}, 1e-4),
+    ],
+    ids=str,
+)
+def test_full_training_takes_a_tenth_of_an_adapters_rate(settings: dict, rate: float) -> None:
+    """orpo's own is 5e-5, for adapters; GaLore's updates are scaled already."""
+    assert Recipe(method="orpo", **settings).peak_learning_rate == pytest.approx(rate, rel=1e-12)
+
+
+def test_vectors_move_as_fast_as_what_is_projected_back() -> None:
+    """1e-3 × 0.5, unless set."""
+    assert Recipe(galore=True, learning_rate=1e-3, galore_scale=0.5).peak_vector_learning_rate == 5e-4
+    assert Recipe(galore=True, learning_rate=1e-3, vector_learning_rate=1e-5).peak_vector_learning_rate == 1e-5
+
+
+def test_a_shorthand_is_what_it_stands_for_and_is_not_stored(tmp_path: Path) -> None:
+    recipe = recipes.load(written(tmp_path, "galore: true\ngalore_rank: 4"))
+    assert recipe == Recipe(full=True, optimizer="galore", galore_rank=4)
+    assert {"full", "optimizer"} <= recipe.model_fields_set
+    assert Recipe(galore=False) == Recipe()
+    recipe.save(tmp_path / "recipe.yaml")
+    assert "galore" not in recipes.read_yaml(tmp_path / "recipe.yaml")
+    assert recipes.load(tmp_path / "recipe.yaml") == recipe
+
+
+@pytest.mark.parametrize(
+    ("file", "above", "full", "optimizer"),
+    [
+        ("full: false\noptimizer: adamw", {"galore": True}, True, "galore"),
+        ("galore: true", {"optimizer": "adamw-8bit"}, True, "adamw-8bit"),
+        ("galore: true", {"galore": False}, False, "adamw"),
+        ("galore: true", {"full": False, "optimizer": "adamw"}, False, "adamw"),
+        ("galore: true\noptimizer: galore", {"optimizer": "adamw"}, True, "adamw"),
+    ],
+)
+def test_what_is_given_overrides_the_file_through_a_shorthand(
+    file: str, above: dict, full: bool, optimizer: str, tmp_path: Path
+) -> None:
+    recipe = recipes.load(written(tmp_path, file), **above)
+    assert (recipe.full, recipe.optimizer) == (full, optimizer)
+
+
+def test_a_file_that_contradicts_itself_is_refused_though_a_part_is_overridden(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="full = False beside galore"):
+        recipes.load(written(tmp_path, "galore: true\nfull: false"), optimizer="adamw")
 
 
 def test_every_setting_can_be_shown() -> None:

@@ -4,6 +4,7 @@ import pytest
 
 from lite import signatures, spellings
 from lite.recipe import Recipe
+from lite.settings import STANDS_FOR
 
 
 @pytest.mark.parametrize(
@@ -21,6 +22,7 @@ def test_nothing_is_near_among_nothing() -> None:
 def test_every_foreign_name_leads_to_one_of_ours() -> None:
     """And none of them is a name that lite uses itself."""
     losses = signatures.registered().values()
-    ours = {*Recipe.model_fields, *(name for signature in losses for name in signature.hyperparameters)}
+    ours = {*Recipe.model_fields, *STANDS_FOR, *(name for loss in losses for name in loss.hyperparameters)}
     assert set(spellings.FOREIGN.values()) <= ours
     assert not spellings.FOREIGN.keys() & ours
+    assert not spellings.ELSEWHERE.keys() & {*ours, *spellings.FOREIGN}

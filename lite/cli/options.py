@@ -1,4 +1,4 @@
-"""A verb's options, generated: from Recipe's fields, each in its panel, and from the loss's hyperparameters.
+"""A verb's options, generated: from Recipe's fields, each in its panel, shorthands, and the loss's hyperparameters.
 
 A flag is the recipe's key with dashes. Here every value but a switch stays text, and None where the flag was not given;
 `typed` makes of the text what the recipe expects, so that the recipe alone judges it, all of them at once.
@@ -10,8 +10,10 @@ from typing import Any, Literal, get_args, get_origin
 
 from lite.hyperparameters import Hyperparameter
 from lite.recipe import Recipe, expected
+from lite.settings import STANDS_FOR, Shorthands
 from lite.signatures import Signature
 
+FIELDS = {**Recipe.model_fields, **Shorthands.model_fields}
 NAMES = {int: "INTEGER", float: "NUMBER", bool: "", str: "TEXT", dict: "KEY=NAME,…"}
 
 
@@ -53,10 +55,16 @@ OWN = (RECIPE, JSON)  # what is no setting of a run
 
 
 def settings(signature: Signature) -> Iterator[Setting]:
-    """Every option of a loss's verb: its hyperparameters, then the recipe's fields, in their order."""
+    """Every option of a loss's verb: its hyperparameters, then the recipe's fields in their order.
+
+    A shorthand comes before the first of what it stands for.
+    """
     for hyperparameter in signature.hyperparameters.values():
         yield _of_hyperparameter(hyperparameter, signature.name.upper())
     for key in Recipe.model_fields:
+        yield from (
+            _of_field(word, signature) for word, stood_for in STANDS_FOR.items() if key == next(iter(stood_for))
+        )
         if key != "method":
             yield _of_field(key, signature)
 
@@ -108,7 +116,7 @@ def flag(key: str) -> str:
 
 
 def _of_field(key: str, signature: Signature) -> Setting:
-    field = Recipe.model_fields[key]
+    field = FIELDS[key]
     extra = field.json_schema_extra
     assert isinstance(extra, dict)
     kinds = [kind for kind in get_args(field.annotation) if kind is not type(None)]

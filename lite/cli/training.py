@@ -10,6 +10,7 @@ from lite import recipe as recipes
 from lite import signatures
 from lite.cli import options
 from lite.errors import RecipeError, raise_collected
+from lite.settings import override
 
 BUNDLED_RECIPE = Path(lite.__file__).parent / "bundled" / "recipe.yaml"
 NAMED_BY_USER = {"model", "data", "run", "adapter"}  # with none of them and no file, the bundled example is meant
@@ -94,7 +95,7 @@ def compose(method: str, given: Mapping[str, Any], *, file: Path | None = None) 
             f"{file}: method = {in_file['method']}, but the verb is {method}.\n"
             f"Type `lite {in_file['method']} --recipe {file}`, or take the line out of the file."
         )
-    values = {**in_file, **given, "method": method}
+    values = override(in_file, {**given, "method": method})
     losses = values.get("loss")
     signature = signatures.find(method, losses if isinstance(losses, str) else None)
     shown = {setting.key: setting.flags[0] for setting in options.settings(signature)}

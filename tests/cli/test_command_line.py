@@ -128,6 +128,18 @@ def test_wrong_values_are_named_by_their_flags_all_at_once(capsys: pytest.Captur
         assert problem in message
 
 
+def test_full_training_beside_what_only_an_adapter_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Named as the user named it: by the shorthand, the flag, and the file's line."""
+    file = tmp_path / "r.yaml"
+    file.write_text("load_in_4bit: true\n", encoding="utf-8")
+    message = refused(["orpo", "--recipe", str(file), "--galore", "--lora-r", "8"], capsys)
+    assert f"{file}: load_in_4bit = True beside galore: quantised weights cannot be trained." in message
+    assert "--lora-r = 8 beside galore: there is no adapter." in message
+    message = refused(["orpo", "--use-galore", "--train-type=full"], capsys)
+    assert "--use-galore: no such option. lite calls it --galore." in message
+    assert "--train-type: no such option. Instead: an adapter is trained; with --full, or --galore" in message
+
+
 def test_wrong_values_of_a_file_are_named_with_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "r.yaml"
     file.write_text("lora_rank: 8\nseed: -1\nlora_r: 0\n", encoding="utf-8")

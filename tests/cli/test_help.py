@@ -38,6 +38,8 @@ def test_type_limits_default_and_unit_are_in_the_line(
         "--nll-over completion|sequence Tokens of the NLL",
         "in a recipe: load_in_4bit",
         "--columns KEY=NAME,… Your names of the columns",
+        "Full training --[no-]galore Short for --full --optimizer galore",
+        "--galore-projection sketch|svd|eigh|random How a subspace is found",
     ):
         assert line in text
 

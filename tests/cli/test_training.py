@@ -6,6 +6,7 @@ import pytest
 
 from lite import signatures
 from lite.cli import options, training
+from lite.errors import RecipeError
 from lite.recipe import Recipe, read_yaml
 
 
@@ -59,11 +60,47 @@ def test_what_a_flag_means(line: str, key: str, value: object) -> None:
     assert composed("orpo", line).resolved()[key] == value
 
 
+@pytest.mark.parametrize(
+    ("line", "full", "optimizer"),
+    [
+        ("--galore", True, "galore"),
+        ("--no-galore", False, "adamw"),
+        ("--full --optimizer galore", True, "galore"),
+        ("--full", True, "adamw"),
+    ],
+)
+def test_full_training_is_asked_for_by_one_flag_or_two(line: str, full: bool, optimizer: str) -> None:
+    recipe = composed("orpo", line)
+    assert (recipe.full, recipe.optimizer) == (full, optimizer)
+    assert composed("orpo", "--no-galore") == composed("orpo", "")
+
+
+def test_a_flag_overrides_a_saved_recipe_through_a_shorthand(tmp_path: Path) -> None:
+    """The saved one names every setting, `full: false` and `optimizer: adamw` among them."""
+    file = tmp_path / "recipe.yaml"
+    Recipe(data="x").save(file)
+    assert composed("orpo", f"--recipe {file} --galore").optimizer == "galore"
+    Recipe(data="x", galore=True).save(file)
+    assert composed("orpo", f"--recipe {file} --optimizer adamw-8bit").full is True
+    with pytest.raises(RecipeError, match="--galore = False beside full = True and optimizer = galore"):
+        composed("orpo", f"--recipe {file} --no-galore")
+
+
+def test_what_is_said_again_means_the_same() -> None:
+    line = "--data x --galore --galore-rank 4 --galore-merge refresh --int8-weights --vector-learning-rate 1e-4"
+    recipe = composed("orpo", line)
+    keys = Recipe.model_fields.keys() - {"method"}
+    for said in (options.again, options.otherwise):
+        assert composed("orpo", " ".join(said(recipe, keys))) == recipe
+
+
 def test_every_setting_has_a_flag_and_every_flag_a_setting() -> None:
     for signature in signatures.registered().values():
         settings = list(options.settings(signature))
         keys = [setting.key for setting in settings]
-        assert keys == [*signature.hyperparameters, *(key for key in Recipe.model_fields if key != "method")]
+        assert keys.index("galore") == keys.index("full") - 1  # a shorthand before what it stands for
+        fields = [key for key in keys if key != "galore"]
+        assert fields == [*signature.hyperparameters, *(key for key in Recipe.model_fields if key != "method")]
         flags = [flag for setting in [*settings, *options.OWN] for flag in setting.flags]
         assert len(set(flags)) == len(flags)
         assert all(f"--{key.replace('_', '-')}" in flags for key in keys)

@@ -114,11 +114,11 @@ class _Recomputed(torch.autograd.Function):
                 if head.low_rank:
                     d_hidden[chunk] += _through_low_rank(slope, head.low_rank, h.dtype)
             if needs["weight"]:
-                sums["weight"] += _precise(slope.t(), h)
+                sums["weight"] += precise(slope.t(), h)
             if needs["bias"]:
                 sums["bias"] += slope.sum(0, dtype=sums["bias"].dtype)
             if needs["b"]:
-                sums["b"] += _precise(slope.t(), h @ a.to(h.dtype).t()) * head.low_rank.scaling
+                sums["b"] += precise(slope.t(), h @ a.to(h.dtype).t()) * head.low_rank.scaling
                 sums["a"] += _precise((slope @ b.to(h.dtype)).t(), h) * head.low_rank.scaling
             del slope
         dtype = {"weight": weight, "bias": bias, "a": a, "b": b}
@@ -138,7 +138,7 @@ def _outputs(ctx: Any, parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     return outputs
 
 
-def _precise(left: Tensor, right: Tensor) -> Tensor:
+def precise(left: Tensor, right: Tensor) -> Tensor:
     """left · right, not rounded to bf16."""
     dtype = softmax.accumulator(left.dtype)
     if kind(left) == "cuda" and dtype != left.dtype:

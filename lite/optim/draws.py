@@ -1,0 +1,37 @@
+"""Draws: random numbers that depend on the seed, the step and what they are for, and on nothing that was drawn before.
+
+So a run that was resumed, or a step that was taken again, draws what it would have drawn.
+"""
+
+import hashlib
+
+import torch
+
+
+class Draws:
+    """Generators of one optimizer, one for each device."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed, self.steps = seed, 0
+        self._rounding: dict[torch.device, torch.Generator] = {}
+
+    def restart(self, steps: int) -> None:
+        """Rounding draws anew, as after so many steps."""
+        self.steps = steps
+        self._rounding.clear()
+
+    def rounding(self, device: torch.device) -> torch.Generator | None:
+        """For stochastic rounding: one draw after another within a step. None on meta, where nothing is drawn."""
+        if device.type == "meta":
+            return None
+        if device not in self._rounding:
+            self._rounding[device] = torch.Generator(device).manual_seed(self._seed("rounding", self.steps))
+        return self._rounding[device]
+
+    def of(self, device: torch.device, *place: str | int) -> torch.Generator | None:
+        """For one purpose, whatever the step: always the same draws. None on meta."""
+        return None if device.type == "meta" else torch.Generator(device).manual_seed(self._seed(*place))
+
+    def _seed(self, *place: str | int) -> int:
+        digest = hashlib.blake2b(repr((self.seed, *place)).encode(), digest_size=8).digest()
+        return int.from_bytes(digest) >> 1

@@ -1,0 +1,59 @@
+"""Weights in eight bits: 128 of them share a scale, and value = (code − 128) / 127 · scale.
+
+Codes are unsigned and the grid is linear, so that bitsandbytes' block-wise kernel dequantises them in one pass; the
+plain twin is two lines of torch. Updates are added to the dequantised block and rounded stochastically onto its new
+grid: rounded to nearest an 8-bit weight learns nothing, for an update is a hundredth of its step.
+"""
+
+import functools
+
+import bitsandbytes  # noqa: F401, its operators
+import torch
+from torch import Tensor
+
+from lite.optim.rounding import to_integer_
+
+BLOCK = 128  # weights to a scale
+ZERO, LIMIT = 128, 127  # the code of 0; codes lie in ZERO ± LIMIT
+
+
+def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes (the weight's shape, uint8) and scales (blocks,) fp32 of a float weight, rounded to nearest."""
+    blocks = _blocks(weight.to(torch.float32))
+    scale = blocks.abs().amax(1)
+    codes = (blocks * _inverse(scale)[:, None]).round_().add_(ZERO).to(torch.uint8)
+    return codes.view(-1)[: weight.numel()].view(weight.shape), scale
+
+
+def dequantised(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """What codes (any shape) with scales (blocks,) stand for, in `dtype`: (code − 128) / 127 · scale."""
+    # The function around it gives fp32, or the dtype of what was quantised.
+    return torch.ops.bitsandbytes.dequantize_blockwise.default(codes, scale, _grid(codes.device), BLOCK, dtype)
+
+
+def rounded_into_(codes: Tensor, scale: Tensor, exact: Tensor, generator: torch.Generator | None) -> None:
+    """Put `exact` (fp32, whole blocks, overwritten) into codes and scales, each block's scale estimated anew."""
+    blocks = _blocks(exact)
+    found = blocks.abs().amax(1)
+    blocks.mul_(_inverse(found)[:, None])
+    to_integer_(blocks, generator).clamp_(-LIMIT, LIMIT).add_(ZERO)
+    codes.copy_(blocks.view(-1)[: codes.numel()].view(codes.shape))
+    scale.copy_(found)
+
+
+def _blocks(exact: Tensor) -> Tensor:
+    flat = exact.reshape(-1)
+    if rest := -flat.numel() % BLOCK:
+        flat = torch.nn.functional.pad(flat, (0, rest))
+    return flat.view(-1, BLOCK)
+
+
+def _inverse(scale: Tensor) -> Tensor:
+    """127 / scale, and 0 of a block of zeros."""
+    return torch.where(scale > 0, LIMIT / scale, 0.0)
+
+
+@functools.lru_cache(maxsize=8)
+def _grid(device: torch.device) -> Tensor:
+    # 256 values for 256 codes; 0 is never written.
+    return ((torch.arange(256, dtype=torch.float32) - ZERO) / LIMIT).to(device)

@@ -1,0 +1,34 @@
+"""Stochastic rounding: up or down with the probabilities that make the mean exact.
+
+An update of 1e-5 is less than half of bf16's step at 0.01, so that rounding to nearest loses it, and every one after
+it. Rounded stochastically it arrives on average, without an fp32 copy of the weights beside them.
+Source: Gupta et al. 2015, arXiv:1502.02551; for bf16 training, Zamirai et al. 2020, arXiv:2010.06192.
+"""
+
+import torch
+from torch import Tensor
+
+DROPPED_BITS = 16  # of fp32's mantissa, that bf16 has not
+
+
+def to_bfloat16(exact: Tensor, generator: torch.Generator | None) -> Tensor:
+    """`exact` (fp32, overwritten) as bf16: each number up or down so that its expectation is the number itself.
+
+    Numbers that bf16 has come out as they are. A random 16-bit integer is added to the bits that bf16 drops, whose
+    carry is then right with the right probability, whatever the exponent.
+    """
+    bits = exact.view(torch.int32)
+    noise = torch.empty_like(bits)
+    if not noise.is_meta:
+        noise.random_(0, 1 << DROPPED_BITS, generator=generator)
+    bits.add_(noise).bitwise_and_(-(1 << DROPPED_BITS))
+    return exact.to(torch.bfloat16)
+
+
+def to_integer_(exact: Tensor, generator: torch.Generator | None) -> Tensor:
+    """`exact` (fp32) rounded in place to a neighbouring whole number: floor(x + u), u uniform in [0, 1)."""
+    noise = torch.empty_like(exact)
+    if not noise.is_meta:
+        noise.uniform_(generator=generator)
+    # A number that is whole already must stay: in fp32, x + u may round up to x + 1.
+    return exact.add_(noise.clamp_(max=1 - 2**-10)).floor_()

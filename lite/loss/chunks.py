@@ -6,7 +6,8 @@ their place. What backward needs depends on what is trained:
 
 frozen    a token's value depends on its own hidden state alone, so its gradient row, slope · W, is computed in
           forward, while the chunk's logits exist. Backward scales rows: two matrix products in all, not three.
-trained   backward computes each chunk again, for the weight's gradient needs the incoming coefficients.
+trained   backward computes each chunk again, for the weight's gradient needs the incoming coefficients. It is summed
+          here, or given away chunk by chunk, in factors (`Head.take`).
 low-rank  frozen weight plus (B A) · scaling, a LoRA on the head; as trained, but only A and B get gradients.
 """
 
@@ -103,7 +104,7 @@ class _Recomputed(torch.autograd.Function):
         sums = {
             name: torch.zeros_like(parameter, dtype=softmax.accumulator(parameter.dtype))
             for name, parameter in zip(_INPUTS[2:], (weight, bias, a, b), strict=True)
-            if needs[name]
+            if needs[name] and not (name == "weight" and head.take is not None)
         }
         chunks = _Chunks(hidden, ctx.settings)
         for chunk in ctx.settings.chunks(len(hidden)):
@@ -113,13 +114,15 @@ class _Recomputed(torch.autograd.Function):
                 torch.mm(slope, weight, out=d_hidden[chunk])
                 if head.low_rank:
                     d_hidden[chunk] += _through_low_rank(slope, head.low_rank, h.dtype)
-            if needs["weight"]:
+            if needs["weight"] and head.take is not None:
+                head.take(slope, h)
+            elif needs["weight"]:
                 sums["weight"] += precise(slope.t(), h)
             if needs["bias"]:
                 sums["bias"] += slope.sum(0, dtype=sums["bias"].dtype)
             if needs["b"]:
                 sums["b"] += precise(slope.t(), h @ a.to(h.dtype).t()) * head.low_rank.scaling
-                sums["a"] += _precise((slope @ b.to(h.dtype)).t(), h) * head.low_rank.scaling
+                sums["a"] += precise((slope @ b.to(h.dtype)).t(), h) * head.low_rank.scaling
             del slope
         dtype = {"weight": weight, "bias": bias, "a": a, "b": b}
         return d_hidden, None, *(sums[n].to(dtype[n].dtype) if n in sums else None for n in _INPUTS[2:])

@@ -3,6 +3,7 @@
 What is the same for all of these, going through the logits a chunk at a time and back, is `chunks`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -29,6 +30,8 @@ class Head:
     scale: float = 1.0  # Granite divides its logits, Cohere multiplies them
     softcap: float | None = None  # Gemma 2: 30
     low_rank: LowRank | None = None
+    # Of a trained weight: who takes its gradient leftᵀ right, in factors left (C, V) and right (C, D); None: autograd.
+    take: Callable[[Tensor, Tensor], None] | None = None
 
     @property
     def parameters(self) -> tuple[Tensor | None, ...]:

@@ -53,6 +53,7 @@ def head_of(model: PreTrainedModel | PeftModel) -> Head:
         scale / (settings.get("logits_scaling") or 1.0),
         settings.get("final_logit_softcapping"),
         low_rank,
+        module.matrix.take if hasattr(module, "matrix") else None,
     )
 
 

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from lite.errors import ModelError, raise_collected
-from lite.model import catalog, int8, nf4
+from lite.model import catalog, int8, matrices, nf4
 from lite.model.layers import decoder_layers
 from lite.model.norms import replace_norms
 from lite.model.weights import move_but_first, weight_bytes
@@ -127,7 +127,7 @@ def load_model(recipe: Recipe, *, host_layers: int = 0) -> PreTrainedModel:
             revision=commit or recipe.revision,
             trust_remote_code=recipe.trust_remote_code,
             dtype=dtype,
-            device_map={"": torch.device("cpu") if host_layers else target},
+            device_map={"": torch.device("cpu") if host_layers or recipe.int8_weights else target},
             quantization_config=quantisation,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, together with what is missing
@@ -146,9 +146,13 @@ def load_model(recipe: Recipe, *, host_layers: int = 0) -> PreTrainedModel:
     if host_layers:
         with _explained(recipe, source, "model"):
             move_but_first(model, target, host_layers)
+    if recipe.int8_weights:
+        with _explained(recipe, source, "model"):
+            matrices.to_eight_bits(model, target)
     replace_norms(model)
     steady(model)
-    log.info("loaded %s in %s: %s", recipe.model, _kind(model, dtype), in_gib(weight_bytes(model)))
+    kind = "int8" if recipe.int8_weights else _kind(model, dtype)
+    log.info("loaded %s in %s: %s", recipe.model, kind, in_gib(weight_bytes(model)))
     return model
 
 

@@ -31,6 +31,7 @@ def origin(recipe: Recipe) -> Origin | None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     stored = config.get("quantization_config")
     asked = "nf4" if recipe.load_in_4bit else "int8" if recipe.load_in_8bit else "none"
+    asked = "int8 in blocks" if recipe.int8_weights else asked
     quantisation = asked if stored is None else json.dumps(stored, sort_keys=True)
     remote_code = recipe.trust_remote_code and "AutoModelForCausalLM" in config.get("auto_map", {})
     dtype = str(compute_dtype(recipe)).removeprefix("torch.")

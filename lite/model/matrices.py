@@ -1,0 +1,90 @@
+"""Layers whose weights are trained by GaLore: a Matrix for each, and a forward that feeds it.
+
+A layer in eight bits has its codes (out, in) as `weight` and the scales as the buffer `weight_scale`, and computes
+through its Matrix from the moment it is loaded, whether it is trained or not.
+"""
+
+from types import MethodType
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lite.errors import ModelError
+from lite.model.head import backbone
+from lite.model.layers import decoder_layers
+from lite.optim import int8
+from lite.optim.linear import trained_embedding, trained_linear
+from lite.optim.matrix import Matrix
+
+SCALE = "weight_scale"
+
+
+def matrix_of(layer: nn.Module) -> Matrix | None:
+    """The layer's Matrix, if it has one."""
+    return getattr(layer, "matrix", None)
+
+
+def matrices(model: nn.Module) -> dict[str, Matrix]:
+    """All of them by the layer's name, each once: a head that is the embedding too goes by the embedding's."""
+    found: dict[str, Matrix] = {}
+    for name, layer in model.named_modules():
+        matrix = matrix_of(layer)
+        if matrix is not None and not any(matrix is other for other in found.values()):
+            found[name] = matrix
+    return found
+
+
+def linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """The plain linear layers of the decoder's blocks by name in `model`."""
+    blocks = {inner for layer in decoder_layers(model).values() for inner in layer.modules()}
+    return {name: m for name, m in model.named_modules() if m in blocks and type(m) is nn.Linear}
+
+
+def feed(layer: nn.Linear | nn.Embedding) -> Matrix:
+    """Give a layer its Matrix, and the forward that computes through it."""
+    layer.matrix = Matrix(layer.weight, getattr(layer, SCALE, None))
+    layer.forward = MethodType(_linear if isinstance(layer, nn.Linear) else _embedding, layer)
+    return layer.matrix
+
+
+@torch.no_grad()
+def to_eight_bits(model: PreTrainedModel, device: torch.device) -> int:
+    """Store every linear layer of the blocks in eight bits on `device`, one layer at a time; returns how many.
+
+    All else of the model is moved as it is. Raises ModelError where a layer is quantised otherwise.
+    """
+    found = linears(model)
+    if not found or not all(layer.weight.is_floating_point() for layer in found.values()):
+        raise ModelError("int8_weights = True: the model's layers are quantised already. Take the unquantised model.")
+    for layer in found.values():
+        codes, scale = int8.quantised(layer.weight.to(device))
+        layer.weight = nn.Parameter(codes, requires_grad=False)
+        layer.register_buffer(SCALE, scale)
+    model.to(device)
+    for layer in found.values():
+        feed(layer)
+    return len(found)
+
+
+def require_embedding(model: PreTrainedModel) -> nn.Embedding:
+    """The input embedding, where its rows can be trained; else ModelError."""
+    embedding = model.get_input_embeddings()
+    scaled = hasattr(embedding, "embed_scale")
+    if not isinstance(embedding, nn.Embedding) or (type(embedding) is not nn.Embedding and not scaled):
+        raise ModelError(
+            f"train_embeddings = True: the input embedding is a {type(embedding).__name__}; expected a plain table. "
+            "Leave train_embeddings out: the embedding and the head then stay as they are."
+        )
+    assert backbone(model) is not model
+    return embedding
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    return trained_linear(x, layer.matrix, layer.bias)
+
+
+def _embedding(layer: nn.Embedding, ids: Tensor) -> Tensor:
+    rows = trained_embedding(ids, layer.matrix)
+    scale = getattr(layer, "embed_scale", None)  # Gemma's
+    return rows if scale is None else rows * scale.to(rows.dtype)

@@ -16,7 +16,7 @@ PART_ROWS = 8192
 
 
 def replace_norms(model: nn.Module) -> int:
-    """Let every frozen RMSNorm of `model` compute as `rms_norm` below; returns how many.
+    """Let every RMSNorm of `model` compute as `rms_norm` below, be it trained, now or later, or not; returns how many.
 
     Only where that gives the module's own result, bit for bit, on a trial: other norms that go by the name scale by
     1 + weight, or round elsewhere, and are left alone.
@@ -32,7 +32,8 @@ def replace_norms(model: nn.Module) -> int:
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """weight · x / √(mean(x²) + epsilon), the quotient in fp32 and rounded to x's dtype before the weight.
 
-    x (…, D); weight (D,), frozen. Kept for backward: x, weight, and (…, 1) fp32.
+    x (…, D); weight (D,), frozen or trained. Kept for backward: x, weight, and (…, 1) fp32. The gradient of a trained
+    weight, Σ over tokens of grad · quotient, is summed in fp32 and rounded once.
     Source: Zhang and Sennrich 2019, arXiv:1910.07467, equation 4; the roundings are those of transformers.
     """
     return _RMSNorm.apply(x, weight, epsilon)
@@ -53,17 +54,27 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, scale = ctx.saved_tensors
+        of_x, of_weight = ctx.needs_input_grad[:2]
         rows, grads = x.flatten(0, -2), grad.flatten(0, -2)
-        result = torch.empty_like(rows)
+        result = torch.empty_like(rows) if of_x else None
+        total = torch.zeros_like(weight, dtype=torch.float32) if of_weight else None
         for part in _parts(len(rows)):
-            slope = (grads[part] * weight).to(torch.float32)
             unit = rows[part].to(torch.float32).mul_(scale[part])
-            along = (slope * unit).mean(-1, keepdim=True)
-            result[part] = slope.addcmul_(unit, along, value=-1).mul_(scale[part])
-            del slope, unit
-        return result.view(x.shape), None, None
+            if total is not None:  # by the quotient as forward multiplied it, rounded to x's dtype
+                total += (unit.to(x.dtype) * grads[part].to(torch.float32)).sum(0)
+            if result is not None:
+                slope = (grads[part] * weight).to(torch.float32)
+                along = (slope * unit).mean(-1, keepdim=True)
+                result[part] = slope.addcmul_(unit, along, value=-1).mul_(scale[part])
+                del slope
+            del unit
+        return (
+            None if result is None else result.view(x.shape),
+            None if total is None else total.to(weight.dtype),
+            None,
+        )
 
 
 def _parts(count: int) -> list[slice]:
@@ -77,9 +88,7 @@ def _forward(norm: nn.Module, hidden_states: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _same(norm: nn.Module) -> bool:
-    weight = norm.weight
-    if weight.requires_grad:
-        return False
+    weight = norm.weight.detach()
     generator = torch.Generator("cpu").manual_seed(0)
     if weight.is_meta:  # tried with another weight, so that a dry run computes as the real one
         norm = copy.copy(norm)

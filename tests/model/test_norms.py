@@ -91,6 +91,77 @@ def test_on_meta_the_same_norms_are_replaced(tiny_model, architecture: str):
     assert all(parameter.is_meta for parameter in skeleton.parameters())
 
 
-def test_a_norm_that_is_trained_is_left_alone(tiny_model):
-    model = tiny_model("llama")
-    assert replace_norms(model) == 0
+def both_gradients(compute, x: Tensor, weight: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
+    x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    result = compute(x, weight)
+    return torch.autograd.grad(result, (x, weight), upstream.to(result.dtype))
+
+
+def through(norm: Qwen3RMSNorm):
+    return lambda x, weight: torch.func.functional_call(norm, {"weight": weight}, x)
+
+
+def plainly(x: Tensor, weight: Tensor) -> Tensor:
+    return weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+
+
+def test_a_trained_weight_by_hand():
+    """x = (3, 4), both of mean square 25/2, epsilon 0: the quotient is x √2/5; of two tokens with gradients (1, 0) and
+    (2, 1) the weight's is (3 · 3, 1 · 4) √2/5."""
+    x, weight = torch.tensor([[3.0, 4.0], [3.0, 4.0]]), torch.ones(2, requires_grad=True)
+    rms_norm(x, weight, 0.0).backward(torch.tensor([[1.0, 0.0], [2.0, 1.0]]))
+    torch.testing.assert_close(weight.grad, torch.tensor([9.0, 4.0]) * 2**0.5 / 5)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 300.0])
+def test_a_trained_weights_gradient_in_fp32_and_fp64(scale: float):
+    """Beside the module's own by autograd; in fp64, whose norm goes down to fp32 too, and beside plain fp64."""
+    torch.manual_seed(0)
+    x, upstream, weight = torch.randn(3, 700, 96).double() * scale, torch.randn(3, 700, 96).double(), torch.rand(96)
+    exact = both_gradients(plainly, x, weight.double(), upstream)
+    for dtype in (torch.float32, torch.float64):
+        given = [one.to(dtype) for one in (x, weight, upstream)]
+        theirs, ours = (
+            both_gradients(through(frozen_norm(96, dtype)), *given),
+            both_gradients(lambda x, w: rms_norm(x, w, 1e-6), *given),
+        )
+        for mine, other, true in zip(ours, theirs, exact, strict=True):
+            assert mine.dtype == dtype
+            assert float((mine - other).norm() / other.norm()) < 1e-6
+            assert float((mine - true).norm() / true.norm()) < 1e-6
+
+
+def test_a_trained_weights_gradient_in_bf16_errs_less_than_the_modules_own():
+    """Several parts of rows; the module rounds each product, and once more in the sum."""
+    torch.manual_seed(0)
+    norm = frozen_norm(64, torch.bfloat16)
+    x, upstream = torch.randn(20_000, 64).bfloat16(), torch.randn(20_000, 64).bfloat16()
+    _, exact = both_gradients(plainly, x.double(), norm.weight.double(), upstream.double())
+    theirs = both_gradients(through(norm), x, norm.weight.detach(), upstream)
+    ours = both_gradients(lambda x, w: rms_norm(x, w, 1e-6), x, norm.weight.detach(), upstream)
+    assert ours[1].dtype == torch.bfloat16
+    errors = [float((one[1].double() - exact).norm()) for one in (theirs, ours)]
+    assert errors[1] <= errors[0]
+    assert errors[1] < 2**-8 * float(exact.norm())
+
+
+def test_norms_that_are_trained_after_they_were_replaced(tiny_model):
+    """And before: the gradients of every norm are those of the model's own forward; frozen ones get none."""
+    ids = torch.tensor([[3, 4, 5, 6]])
+
+    def gradients(model: nn.Module) -> dict[str, Tensor]:
+        model.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    model = tiny_model("qwen3")
+    expected = gradients(model)
+    model.requires_grad_(False)
+    assert replace_norms(model) == 4 * model.config.num_hidden_layers + 1
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("norm" in name)
+    found = gradients(model)
+    assert found.keys() == {name for name in expected if "norm" in name}
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
+    assert replace_norms(tiny_model("llama")) == 9

@@ -172,6 +172,7 @@ def _write_shard(
                 data = rounded.contiguous().flatten().view(torch.uint8)
                 _write_all(file.write, memoryview(data.numpy()))
                 advance(data.nbytes)
+                del rows, rounded, data  # else they live beside the next chunk's
 
 
 def _require_finite(what: str, rows: Tensor, rounded: Tensor, start: int, advice: Advice) -> None:

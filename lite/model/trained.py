@@ -18,7 +18,10 @@ Trained = PreTrainedModel | PeftModel
 
 def attach(model: PreTrainedModel, recipe: Recipe) -> Trained:
     """The loaded model, ready to train what the recipe says. Raises ModelError where it cannot."""
-    return whole.attach(model, recipe) if recipe.full else adapters.attach(model, recipe)
+    if not recipe.full:
+        return adapters.attach(model, recipe)
+    whole_files.require_plain_names(model)  # or what was trained could not be written
+    return whole.attach(model, recipe)
 
 
 def settle(recipe: Recipe) -> Recipe:
@@ -44,6 +47,6 @@ def load(model: Trained, folder: Path) -> None:
 
 def content(model: Trained) -> tuple[dict[str, Tensor], dict[str, object]]:
     """What tells the model, as it is trained now, from its base: tensors and settings."""
-    return (
-        adapters.content(model) if isinstance(model, PeftModel) else whole_files.content(whole.trained_tensors(model))
-    )
+    if isinstance(model, PeftModel):
+        return adapters.content(model)
+    return whole_files.content(whole.trained_tensors(model))

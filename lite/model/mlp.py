@@ -19,6 +19,7 @@ from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
 from lite.model.frozen import product, weight_of
 from lite.model.lora import Adapted, adapted
+from lite.optim.matrix import Matrix
 
 
 class Activation(NamedTuple):
@@ -61,17 +62,24 @@ def forward(mlp: nn.Module, x: Tensor) -> Tensor:
 
     Saved for backward, beside what the first projections save: gate and up, (T, F) each, and the adapter's matrices.
     A checkpoint's recomputation ends when it has these: the last projection is not computed again. The module's own
-    forward takes over where down_proj is not a frozen layer with at most one plain adapter (`lora.adapted`).
+    forward takes over where down_proj is not a frozen layer with at most one plain adapter (`lora.adapted`), nor one
+    that feeds a Matrix.
     """
     gate, up = _halves(mlp, x)
-    activation = _activation(mlp)
-    parts = adapted(mlp.down_proj, gate)
-    if parts is None or gate.dtype != up.dtype:
+    activation, matrix = _activation(mlp), getattr(mlp.down_proj, "matrix", None)
+    fed = matrix is not None and mlp.down_proj.bias is None
+    parts = None if fed else adapted(mlp.down_proj, gate)
+    if (parts is None and not fed) or gate.dtype != up.dtype:
         return mlp.down_proj(activation.value(gate) * up)
     gate, up = gate.flatten(0, -2), up.flatten(0, -2)
-    result = _Tail.apply(gate, up, activation, *parts)  # (T, D)
-    with torch.no_grad():
-        _fill(result, gate, up, activation, parts)
+    if fed:
+        result = _TrainedTail.apply(gate, up, matrix.anchor, activation, matrix)
+        with torch.no_grad():
+            matrix.product(activation.value(gate).mul_(up), out=result)
+    else:
+        result = _Tail.apply(gate, up, activation, *parts)  # (T, D)
+        with torch.no_grad():
+            _fill(result, gate, up, activation, parts)
     return result.view(*x.shape[:-1], -1)
 
 
@@ -109,9 +117,34 @@ class _Tail(torch.autograd.Function):
             d_hidden = grad @ weight_of(ctx.base, grad.dtype)  # (T, F)
             if a is not None:
                 d_hidden.addmm_(d_low, a.to(grad.dtype))
-            d_up = ctx.activation.value(gate).mul_(d_hidden)
-            d_gate = ctx.activation.backward_(d_hidden.mul_(up), gate)
+            d_gate, d_up = _into_halves(d_hidden, gate, up, ctx.activation)
         return d_gate, d_up, None, None, d_a, d_b, None
+
+
+class _TrainedTail(torch.autograd.Function):
+    """The same where down's weight feeds a Matrix."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, anchor: Tensor, activation: Activation, matrix: Matrix) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.activation, ctx.matrix = activation, matrix
+        return gate.new_empty(len(gate), len(matrix.weight))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up = ctx.saved_tensors
+        ctx.matrix.take(grad, ctx.activation.value(gate).mul_(up))
+        if not any(ctx.needs_input_grad[:2]):
+            return None, None, None, None, None
+        d_gate, d_up = _into_halves(ctx.matrix.back(grad), gate, up, ctx.activation)
+        return d_gate, d_up, None, None, None
+
+
+def _into_halves(d_hidden: Tensor, gate: Tensor, up: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
+    """d gate and d up of hidden = act(gate) · up; d_hidden is overwritten."""
+    d_up = activation.value(gate).mul_(d_hidden)
+    return activation.backward_(d_hidden.mul_(up), gate), d_up
 
 
 def _fill(result: Tensor, gate: Tensor, up: Tensor, activation: Activation, parts: Adapted) -> None:

@@ -28,7 +28,7 @@ def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
 def dequantised(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """What codes (any shape) with scales (blocks,) stand for, in `dtype`: (code − 128) / 127 · scale."""
     # The function around it gives fp32, or the dtype of what was quantised.
-    return torch.ops.bitsandbytes.dequantize_blockwise.default(codes, scale, _grid(codes.device), BLOCK, dtype)
+    return torch.ops.bitsandbytes.dequantize_blockwise.default(codes, scale, grid(codes.device), BLOCK, dtype)
 
 
 def rounded_into_(codes: Tensor, scale: Tensor, exact: Tensor, generator: torch.Generator | None) -> None:
@@ -54,6 +54,8 @@ def _inverse(scale: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=8)
-def _grid(device: torch.device) -> Tensor:
-    # 256 values for 256 codes; 0 is never written.
-    return ((torch.arange(256, dtype=torch.float32) - ZERO) / LIMIT).to(device)
+def grid(device: torch.device) -> Tensor:
+    """The values of all 256 codes for a scale of 1, made once for a device; code 0 is never written."""
+    with torch.device("cpu"):
+        values = (torch.arange(256, dtype=torch.float32) - ZERO) / LIMIT
+    return values.to(device)

@@ -29,6 +29,8 @@ class Matrix:
     def __init__(self, weight: nn.Parameter, scale: Tensor | None = None) -> None:
         """scale: of 8-bit codes (int8.py), the layer's own buffer."""
         self.weight, self.scale = weight, scale
+        if scale is not None:
+            int8.grid(weight.device)  # so that no step is the first to need it
         out, width = weight.shape
         self.transposed = out > width  # whether G is the transpose of W's
         self.short, self.long = min(out, width), max(out, width)
@@ -54,10 +56,13 @@ class Matrix:
         """In which sums are kept and updates computed: fp32, of fp64 weights fp64."""
         return torch.float64 if self.weight.dtype == torch.float64 else torch.float32
 
-    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x Wᵀ + bias, (T, out) in x's dtype; x (T, in)."""
+    def product(self, x: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """x Wᵀ + bias, (T, out) in x's dtype, in `out` if that is given; x (T, in)."""
         weight = self._stored(x.dtype).t()
-        result = torch.mm(x, weight) if bias is None else torch.addmm(bias.to(x.dtype), x, weight, alpha=self.kept)
+        if bias is None:
+            result = torch.mm(x, weight, out=out)
+        else:
+            result = torch.addmm(bias.to(x.dtype), x, weight, alpha=self.kept, out=out)
         del weight  # of dequantised ones, before anything else is made
         if self.pending is not None:
             left, right = self._waiting(x.dtype)

@@ -1,7 +1,7 @@
 """A trained matrix: its weight as it is stored, what arises of its gradient, and how an update gets into it.
 
 Of W (out, in) the gradient is G = leftᵀ right, left (T, out) what comes back and right (T, in) what went in. Here it is
-always seen with its shorter side first: G is (m, n), m ≤ n, the transpose of W's if out > in, and G = shortᵀ long. What
+always seen with its shorter side first: G is (m, n), m ≤ n, the transpose of W's if out ≥ in, and G = shortᵀ long. What
 is wanted of it, PᵀG for the optimizer and GΩ for the next subspace, is made of the factors, pack by pack, and adds up:
 
     PᵀG = (short P)ᵀ long     2·T·r·(m + n) operations instead of 2·T·m·n + 2·r·m·n, and no (m, n) gradient
@@ -26,13 +26,16 @@ Gathers = Literal["sketch", "whole"]
 class Matrix:
     """W (out, in) in fp64, fp32, bf16 or eight bits; `weight` is the layer's own parameter, changed in place."""
 
-    def __init__(self, weight: nn.Parameter, scale: Tensor | None = None) -> None:
-        """scale: of 8-bit codes (int8.py), the layer's own buffer."""
-        self.weight, self.scale = weight, scale
+    def __init__(self, weight: nn.Parameter, scale: Tensor | None = None, *, waits: bool = True) -> None:
+        """scale: of 8-bit codes (int8.py), the layer's own buffer. waits: whether updates may wait beside the weight.
+
+        They may where everything that computes with it asks `product` and `back`: the head's and embedding's do not.
+        """
+        self.weight, self.scale, self.waits = weight, scale, waits
         if scale is not None:
             int8.grid(weight.device)  # so that no step is the first to need it
         out, width = weight.shape
-        self.transposed = out > width  # whether G is the transpose of W's
+        self.transposed = out >= width  # whether G is the transpose of W's; of square ones as galore-torch has it
         self.short, self.long = min(out, width), max(out, width)
         # Stands for the weight in a graph, for codes cannot ask for a gradient.
         self.anchor = weight if scale is None else torch.empty(0, device=weight.device, requires_grad=True)
@@ -99,7 +102,7 @@ class Matrix:
     @torch.no_grad()
     def take_rows(self, ids: Tensor, right: Tensor) -> None:
         """The same where left is one-hot, of an embedding: row ids[t] of W went out; ids (T,), right (T, in)."""
-        if not self.transposed or self._gathers == "whole":  # fewer words than dimensions, or a comparison
+        if not self.transposed:  # fewer words than dimensions
             self.take(nn.functional.one_hot(ids, len(self.weight)).to(right.dtype), right)
             return
         projected = self._projected(right).to(self.exact)
@@ -108,6 +111,10 @@ class Matrix:
         self.gradient.index_add_(1, ids, projected.t())
         if self._gathers == "sketch":
             self.gathered = _added(self.gathered, right, self._omega(right.dtype)[ids], self.exact)
+        elif self._gathers == "whole":
+            if self.gathered is None:
+                self.gathered = right.new_zeros(self.canonical_shape, dtype=self.exact)
+            self.gathered.index_add_(1, ids, right.t().to(self.exact))
 
     @torch.no_grad()
     def update(self, change: Tensor, decay: float, generator: torch.Generator | None) -> None:

@@ -62,7 +62,7 @@ def test_its_gradients_are_autograds():
     torch.testing.assert_close(d_x, x.grad, rtol=1e-5, atol=1e-7)
     for name, layer in plain.named_children():
         if isinstance(layer, nn.Linear):
-            G = layer.weight.grad.t() if layer.weight.shape[0] > layer.weight.shape[1] else layer.weight.grad
+            G = layer.weight.grad.t() if layer.weight.shape[0] >= layer.weight.shape[1] else layer.weight.grad
             torch.testing.assert_close(gradients[name], G, rtol=1e-5, atol=1e-7)
 
 

@@ -15,11 +15,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from lite.device import kind
 from lite.loss.chunks import precise
 from lite.optim import int8
 from lite.optim.rounding import to_bfloat16
 
-CHUNK = 4 * 2**20  # weights that are updated at once
+CHUNK = 4 * 2**20  # weights that are updated at once: they stay in a CPU's cache
+CHUNK_ON_CUDA = 32 * 2**20  # each chunk is a dozen kernels to start
 Gathers = Literal["sketch", "whole"]
 
 
@@ -205,7 +207,8 @@ class Matrix:
     def _row_blocks(self) -> Iterator[tuple[int, int]]:
         out, width = self.weight.shape
         whole = int8.BLOCK // math.gcd(int8.BLOCK, width)  # rows that are whole blocks of 8 bits
-        step = max(1, CHUNK // width // whole) * whole
+        most = CHUNK_ON_CUDA if kind(self.weight) == "cuda" else CHUNK
+        step = max(1, most // width // whole) * whole
         return ((start, min(start + step, out)) for start in range(0, out, step))
 
     def _blocks(self, start: int, stop: int) -> slice:

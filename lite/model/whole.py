@@ -25,6 +25,8 @@ def attach(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
 
     Raises ModelError for weights of a kind that is not trained, or in too few bits for the optimizer.
     """
+    if recipe.int8_weights and not matrices.matrices(model):
+        matrices.to_eight_bits(model, model.device)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     ends = {id(p) for end in (embedding, head) for p in end.parameters()}
     chosen = {name: p for name, p in backbone(model).named_parameters() if id(p) not in ends}
@@ -35,16 +37,16 @@ def attach(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
     galore = recipe.optimizer == "galore"
     if not galore:
         _require_precise(recipe, chosen)
-    if recipe.int8_weights and not matrices.matrices(model):
-        matrices.to_eight_bits(model, model.device)
     if galore:
         layers = list(matrices.linears(model).values()) + ([embedding, head] if recipe.train_embeddings else [])
         _require_known(model, chosen, layers)
         for layer in layers:
             if matrices.matrix_of(layer) is None:
                 matrices.feed(layer)
-        if recipe.train_embeddings and head.weight is embedding.weight:
-            head.matrix = embedding.matrix
+        if recipe.train_embeddings:
+            if head.weight is embedding.weight:
+                head.matrix = embedding.matrix
+            head.matrix.waits = embedding.matrix.waits = False
     for parameter in chosen.values():
         if parameter.is_floating_point():
             parameter.requires_grad_()

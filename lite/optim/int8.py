@@ -15,12 +15,13 @@ from lite.optim.rounding import to_integer_
 
 BLOCK = 128  # weights to a scale
 ZERO, LIMIT = 128, 127  # the code of 0; codes lie in ZERO ± LIMIT
+SMALLEST = 1e-36  # of scales
 
 
 def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Codes (the weight's shape, uint8) and scales (blocks,) fp32 of a float weight, rounded to nearest."""
     blocks = _blocks(weight.to(torch.float32))
-    scale = blocks.abs().amax(1)
+    scale = _scale(blocks)
     codes = (blocks * _inverse(scale)[:, None]).round_().add_(ZERO).to(torch.uint8)
     return codes.view(-1)[: weight.numel()].view(weight.shape), scale
 
@@ -34,7 +35,7 @@ def dequantised(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 def rounded_into_(codes: Tensor, scale: Tensor, exact: Tensor, generator: torch.Generator | None) -> None:
     """Put `exact` (fp32, whole blocks, overwritten) into codes and scales, each block's scale estimated anew."""
     blocks = _blocks(exact)
-    found = blocks.abs().amax(1)
+    found = _scale(blocks)
     blocks.mul_(_inverse(found)[:, None])
     to_integer_(blocks, generator).clamp_(-LIMIT, LIMIT).add_(ZERO)
     codes.copy_(blocks.view(-1)[: codes.numel()].view(codes.shape))
@@ -46,6 +47,12 @@ def _blocks(exact: Tensor) -> Tensor:
     if rest := -flat.numel() % BLOCK:
         flat = torch.nn.functional.pad(flat, (0, rest))
     return flat.view(-1, BLOCK)
+
+
+def _scale(blocks: Tensor) -> Tensor:
+    """The largest magnitude of each block; 0 where 127 / it is beyond fp32, as if the block were of zeros."""
+    largest = blocks.abs().amax(1)
+    return largest.masked_fill_(largest < SMALLEST, 0.0)
 
 
 def _inverse(scale: Tensor) -> Tensor:

@@ -64,11 +64,12 @@ class Moments:
                 if value is not stored:
                     stored.copy_(value)
             elif self.states == "bfloat16":
-                stored.copy_(to_bfloat16(value, generator))
+                stored.copy_(to_bfloat16(value.to(torch.float32), generator))
             else:
                 code = _map(name, value.device)
-                codes, scale = torch.ops.bitsandbytes.quantize_blockwise.default(value, code, BLOCK)
-                stored.copy_(codes.view(self.shape))
+                codes, scale = torch.ops.bitsandbytes.quantize_blockwise.default(value.float(), code, BLOCK)
+                # The first moment goes down to smaller numbers than the second's root: above a 0 it would fly.
+                stored.copy_(codes.view(self.shape).clamp_(min=0 if name == "first" else 1))
                 self.tensors[f"{name}_scale"].copy_(scale)
 
     def restore(self, saved: Mapping[str, Tensor]) -> None:
@@ -81,7 +82,8 @@ class Moments:
         if self.states != "8bit":
             return stored.to(self.exact)
         scale, code = self.tensors[f"{name}_scale"], _map(name, stored.device)
-        return torch.ops.bitsandbytes.dequantize_blockwise.default(stored, scale, code, BLOCK, torch.float32)
+        value = torch.ops.bitsandbytes.dequantize_blockwise.default(stored, scale, code, BLOCK, torch.float32)
+        return value.to(self.exact)
 
 
 _MAPS: dict[tuple[bool, str], Tensor] = {}

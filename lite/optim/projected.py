@@ -25,11 +25,20 @@ class Subspaces:
     update_interval: int = 200  # steps
     projection: Projection = "sketch"
     states: States = "8bit"
-    merge_at_refresh: bool = False
+    merge_at_refresh: bool = False  # of matrices whose updates can wait; others are rounded at every step
     adaptive: bool = False
     sketch_steps: int = 1
     staggered: bool = True  # over the interval; else all matrices are refreshed in the same step, the first one too
     turned: bool = True  # whether moments are turned into a new subspace; else they are taken for its own
+
+
+def first_refreshes(index: int, count: int, settings: Subspaces) -> tuple[int, int]:
+    """The steps of the first two refreshes of matrix `index` of `count`; from there on they are an interval apart."""
+    interval = settings.update_interval
+    if not settings.staggered:
+        return 1, 1 + interval
+    first, second = 1 + index * min(FIRST_STEPS, interval) // count, 1 + (index + 1) * interval // count
+    return first, second if second > first else first + interval
 
 
 class Projected:
@@ -44,20 +53,21 @@ class Projected:
         self.moments = Moments(shape, settings.states, matrix.exact, device)
         generator = draws.of(device, "first basis", index)
         matrix.basis = subspace.at_random(matrix.short, settings.rank, device, generator).to(dtype)
-        interval = settings.update_interval
-        self.interval, self.refreshes = interval, 0
-        self.due = 1 + index * min(FIRST_STEPS, interval) // count if settings.staggered else 1
-        self._offset = (index + 1) * interval // count if settings.staggered else interval
+        self.interval, self.refreshes = settings.update_interval, 0
+        self.due, self._second = first_refreshes(index, count, settings)
         self._summed: Tensor | None = None  # the sketches of earlier steps
         self.squares: tuple[Tensor, Tensor] | None = None  # at a refresh, ‖PᵀG‖² by the old subspace and ‖G‖²
 
     def prepare(self, steps: int) -> None:
-        """Gather what the next refresh needs, if it is of the step after `steps`."""
+        """Gather what the next refresh needs, if it is of the step after `steps`.
+
+        Or was due before, at a step in which the matrix had no gradient.
+        """
         settings, ahead = self.settings, self.due - (steps + 1)
         self.squares = None
-        if settings.projection in ("svd", "eigh") and ahead == 0:
+        if settings.projection in ("svd", "eigh") and ahead <= 0:
             self.matrix.gather("whole")
-        elif settings.projection == "sketch" and 0 <= ahead < settings.sketch_steps:
+        elif settings.projection == "sketch" and ahead < settings.sketch_steps:
             self.matrix.gather("sketch", self._directions)
 
     def turn_by_gradient(self) -> None:
@@ -65,6 +75,8 @@ class Projected:
         matrix, gradient = self.matrix, self.matrix.gathered
         if self.settings.projection not in ("svd", "eigh") or gradient is None:
             return
+        if not gradient.is_meta and not gradient.isfinite().all():
+            return  # it has no singular vectors; whoever looks at the norm will see why
         seen = matrix.gradient
         self._turn(subspace.from_gradient(gradient, self.settings.rank, self.settings.projection))
         self.squares = seen.square().sum(), gradient.square().sum()
@@ -79,11 +91,11 @@ class Projected:
             change = adam.direction(first, second, matrix.gradient * coefficient, steps)
             self.moments.write(first, second, generator)
             change.mul_(-rate * self.settings.scale)
-            if self.settings.merge_at_refresh:
+            if self.settings.merge_at_refresh and matrix.waits:
                 matrix.wait(change, 1 - rate * weight_decay)
             else:
                 matrix.update(change, 1 - rate * weight_decay, generator)
-        if self.settings.projection == "random" and steps == self.due:
+        if self.settings.projection == "random" and steps >= self.due:
             drawn = self._draws.of(matrix.weight.device, "basis", self.index, self.refreshes)
             self._turn(subspace.at_random(matrix.short, self.settings.rank, matrix.weight.device, drawn))
         elif self.settings.projection == "sketch" and matrix.gathered is not None:
@@ -112,13 +124,13 @@ class Projected:
     def _turn_by_sketch(self, steps: int) -> None:
         matrix = self.matrix
         sketch, matrix.gathered = matrix.gathered, None
-        if steps == self.due and matrix.gradient is not None:
+        if steps >= self.due and matrix.gradient is not None:
             # Normal directions: each column's square is ‖G‖² on average.
             self.squares = matrix.gradient.square().sum(), sketch.square().sum() / sketch.shape[1]
         if self._summed is not None:
             sketch = sketch.add_(self._summed)
-        self._summed = None if steps == self.due else sketch
-        if steps == self.due:
+        self._summed = None if steps >= self.due else sketch
+        if steps >= self.due:
             self._turn(subspace.from_sketch(sketch, self.settings.rank))
 
     def _turn(self, new: Tensor) -> None:
@@ -133,8 +145,7 @@ class Projected:
             self.interval *= 2
         old.copy_(new)
         self.refreshes += 1
-        after_first = self.refreshes == 1 and self._offset > self.due - 1
-        self.due = 1 + self._offset if after_first else self.due + self.interval
+        self.due = self._second if self.refreshes == 1 else self.due + self.interval
 
     def _directions(self) -> Tensor:
         matrix = self.matrix

@@ -14,21 +14,27 @@ DROPPED_BITS = 16  # of fp32's mantissa, that bf16 has not
 def to_bfloat16(exact: Tensor, generator: torch.Generator | None) -> Tensor:
     """`exact` (fp32, overwritten) as bf16: each number up or down so that its expectation is the number itself.
 
-    Numbers that bf16 has come out as they are. A random 16-bit integer is added to the bits that bf16 drops, whose
-    carry is then right with the right probability, whatever the exponent.
+    Numbers that bf16 has come out as they are, infinities and NaNs too. A random 16-bit integer is added to the bits
+    that bf16 drops, whose carry is then right with the right probability, whatever the exponent.
     """
+    assert exact.dtype == torch.float32, f"the bits of {exact.dtype} are others"
     bits = exact.view(torch.int32)
     noise = torch.empty_like(bits)
     if not noise.is_meta:
         noise.random_(0, 1 << DROPPED_BITS, generator=generator)
+    # CUDA's NaN has all bits set: a carry would make it −0.
+    noise.masked_fill_(exact.isnan(), 0)
     bits.add_(noise).bitwise_and_(-(1 << DROPPED_BITS))
     return exact.to(torch.bfloat16)
 
 
 def to_integer_(exact: Tensor, generator: torch.Generator | None) -> Tensor:
-    """`exact` (fp32) rounded in place to a neighbouring whole number: floor(x + u), u uniform in [0, 1)."""
+    """`exact` (fp32) rounded in place to a neighbouring whole number: one up with the probability x − floor(x).
+
+    Not floor(x + u), for in fp32 x + u is rounded itself: a whole x could go up, and a part of a thousandth is lost.
+    """
+    chance = exact - exact.floor()
     noise = torch.empty_like(exact)
     if not noise.is_meta:
         noise.uniform_(generator=generator)
-    # A number that is whole already must stay: in fp32, x + u may round up to x + 1.
-    return exact.add_(noise.clamp_(max=1 - 2**-10)).floor_()
+    return exact.floor_().add_(noise < chance)

@@ -17,22 +17,31 @@ class Vectors:
     """Parameters of any shape with their moments; each gradient is taken from `.grad` as soon as it is complete."""
 
     def __init__(self, parameters: Iterable[Tensor], *, hooks: bool = True) -> None:
-        """hooks: without them the gradients are found in `.grad` at the step, and stay there."""
+        """hooks: without them the gradients are found in `.grad` at the step."""
         self.parameters = list(parameters)
         self.moments = [Moments(p.shape, "float32", exact(p.dtype), p.device) for p in self.parameters]
         self._hooked = hooks
         self._sums: dict[int, Tensor] = {}
-        for index, parameter in enumerate(self.parameters if hooks else []):
+        self._handles = [
             parameter.register_post_accumulate_grad_hook(lambda p, index=index: self._take(index, p))
+            for index, parameter in enumerate(self.parameters if hooks else [])
+        ]
 
     @property
     def gradients(self) -> list[Tensor]:
         """What has arisen so far, fp32."""
         return list(self._sums.values())
 
+    def release(self) -> None:
+        """Let the parameters keep their gradients again, for another optimizer of the same model."""
+        for handle in self._handles:
+            handle.remove()
+
     def forget(self) -> None:
-        """Let go of the gradients that were taken."""
+        """Let go of the gradients."""
         self._sums.clear()
+        for parameter in self.parameters:
+            parameter.grad = None
 
     @torch.no_grad()
     def step(self, adam: Adam, rate: float, coefficient: Tensor | float, steps: int, draws: Draws) -> None:

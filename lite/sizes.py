@@ -2,7 +2,7 @@
 
 import re
 
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
 _UNITS = {"": GIB, "g": GIB, "m": 2**20, "t": 2**40}
 _UNITS |= {f"{unit}{ending}": _UNITS[unit] for unit in "gmt" for ending in ("b", "ib")}
 EXPECTED = "a size such as 24GB"

@@ -50,11 +50,9 @@ def clip(update: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], max_
     return norm
 
 
-def _galore(model: nn.Module, recipe: Recipe, numbers: list[Tensor]) -> GaLore:
-    found = list(matrices.matrices(model).values())
-    fed = {id(matrix.weight) for matrix in found}
-    vectors = [p for p in model.parameters() if p.requires_grad and id(p) not in fed]
-    subspaces = Subspaces(
+def subspaces(recipe: Recipe) -> Subspaces:
+    """What the subspaces of GaLore are like."""
+    return Subspaces(
         rank=recipe.galore_rank,
         scale=recipe.galore_scale,
         update_interval=recipe.galore_update_interval,
@@ -64,10 +62,25 @@ def _galore(model: nn.Module, recipe: Recipe, numbers: list[Tensor]) -> GaLore:
         adaptive=recipe.galore_adaptive,
         sketch_steps=recipe.galore_sketch_steps,
     )
+
+
+def kinds_in_state(recipe: Recipe) -> list[type]:
+    """Of what classes, beside tensors and plain values, the optimizer's state is made, for `torch.load` to allow."""
+    if recipe.optimizer != "galore-torch":
+        return []
+    from galore_torch.galore_projector import GaLoreProjector
+
+    return [GaLoreProjector]
+
+
+def _galore(model: nn.Module, recipe: Recipe, numbers: list[Tensor]) -> GaLore:
+    found = list(matrices.matrices(model).values())
+    fed = {id(matrix.weight) for matrix in found}
+    vectors = [p for p in model.parameters() if p.requires_grad and id(p) not in fed]
     return GaLore(
         found,
         vectors,
-        subspaces,
+        subspaces(recipe),
         Adam(recipe.adam_beta1, recipe.adam_beta2, recipe.adam_epsilon),
         lr=recipe.peak_learning_rate,
         small_lr=recipe.peak_vector_learning_rate,

@@ -1,16 +1,14 @@
 """A model's folder, as transformers, vLLM and every converter read it: weights, config, companions and a card."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 from lite.merge import card, companions
 from lite.merge.source import Source
 from lite.model import shards, trained_with
-from lite.train.progress import Progress
+from lite.train.progress import Progress, in_mib
 
-MIB = 2**20
 ADVICE = shards.Advice(
     room="Make room, lift the limit on the size of files, or choose a folder on another disk with -o.",
     too_large="The base is stored in it. Merge onto the base in bfloat16 or float32: --base DIR.",
@@ -28,17 +26,8 @@ def write(source: Source, folder: Path, progress: Progress, *, command: str = ""
     """
     dtypes = {name: source.stored.get(name, source.weights.dtype(name)) for name in source.weights.shapes}
     total = shards.total_bytes(source.weights.shapes, dtypes)
-    done = told = 0
-
-    def advance(more: int) -> None:
-        nonlocal done, told
-        done += more
-        if (now := math.ceil(done / MIB)) != told:
-            told = now
-            progress.rows(now, math.ceil(total / MIB), "MiB")
-
     companions.write(source, folder)  # first, for it takes no time and may find something missing
-    files = shards.write(folder, source.weights, dtypes, advance=advance, advice=ADVICE)
+    files = shards.write(folder, source.weights, dtypes, advance=in_mib(progress, total), advice=ADVICE)
     config = json.dumps(source.config, indent=2, ensure_ascii=False) + "\n"
     (folder / "config.json").write_text(config, encoding="utf-8")
     command = command or f"lite merge {source.name}"

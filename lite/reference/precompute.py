@@ -8,6 +8,7 @@ import gc
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -99,19 +100,20 @@ def by_policy(
     recipe: Recipe,
     store: Store,
     examples: Sequence[TokenExample],
-    model: PeftModel,
+    model: Model,
     layout: Layout,
     path: ForwardPath,
     told: Told,
 ) -> Filled:
-    """Fill from the policy as it stands before step 1; a new adapter is switched off, one it goes on from stays on."""
+    """Fill from the policy as it stands before step 1: a new adapter switched off, whole weights as they were loaded.
+
+    An adapter that it goes on from stays on.
+    """
     started = time.perf_counter()
     identity = identity_of_loaded(recipe, model, store)
-    if adapters.continued_from(recipe) is not None:
+    new_adapter = isinstance(model, PeftModel) and adapters.continued_from(recipe) is None
+    with model.disable_adapter() if new_adapter else nullcontext():
         computed = _fill(store, identity, examples, model, layout, path, recipe, told)
-    else:
-        with model.disable_adapter():
-            computed = _fill(store, identity, examples, model, layout, path, recipe, told)
     return Filled(identity, len(examples), computed, time.perf_counter() - started)
 
 

@@ -33,7 +33,6 @@ def write(parent: Path, step: int, fill: Callable[[Path], None]) -> Path:
         publish(final, lambda folder: (fill(folder), _write_manifest(folder)))
     except (OSError, RuntimeError, SafetensorError) as error:
         # A full disk is the first of these to Python, the second to torch.save, the third to safetensors.
-        shutil.rmtree(parent / f"{UNFINISHED}{final.name}", ignore_errors=True)
         raise RunError(
             f"{final}: the checkpoint could not be written: {error}.\n"
             f"Earlier checkpoints are whole. Make room, then `{interrupt.command(parent.parent)}`."
@@ -42,12 +41,16 @@ def write(parent: Path, step: int, fill: Callable[[Path], None]) -> Path:
 
 
 def publish(final: Path, fill: Callable[[Path], object]) -> None:
-    """Make the folder `final` appear at once and whole, in the place of one that may be there."""
+    """Make the folder `final` appear at once and whole, in the place of one that may be there; or leave nothing new."""
     unfinished = final.with_name(f"{UNFINISHED}{final.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    fill(unfinished)
-    sync_all(unfinished)
+    try:
+        fill(unfinished)
+        sync_all(unfinished)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)  # it may be what has filled the disk
+        raise
     if final.exists():
         # A folder cannot be renamed onto another. Whoever publishes it again can do so once more after a kill here.
         shutil.rmtree(final)

@@ -1,9 +1,11 @@
 """Progress: what a run tells whoever watches it. The command line draws it; without one it goes to the log."""
 
 import logging
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
+from lite.sizes import MIB
 from lite.train.samples import Sample
 
 log = logging.getLogger(__name__)
@@ -75,3 +77,17 @@ class Quiet:
 
     def close(self) -> None:
         """Nothing is open."""
+
+
+def in_mib(progress: Progress, total_bytes: int) -> Callable[[int], None]:
+    """To be called with the bytes written since the last call: tells `progress` of each MiB of so many bytes."""
+    done = told = 0
+
+    def advance(more: int) -> None:
+        nonlocal done, told
+        done += more
+        if (now := math.ceil(done / MIB)) != told:
+            told = now
+            progress.rows(now, math.ceil(total_bytes / MIB), "MiB")
+
+    return advance

@@ -1,7 +1,8 @@
 """Refreshing the reference (TR-DPO): every N steps the policy, as it stands, becomes what it is compared with.
 
-Its log-probs of the rows of the next N steps, and of the held-out ones, go into the same cache, under the digest of the
-adapter at that moment. The adapter is kept in the run, so that a resume can compute again what the cache has lost.
+Its log-probs of the rows of the next N steps, and of the held-out ones, go into the same cache, under the digest of
+what is trained, adapter or weights, at that moment. That is kept in the run, so that a resume can compute again what
+the cache has lost.
 Source: the hard update of Gorbatovski et al. 2024, arXiv:2404.09656.
 """
 
@@ -14,10 +15,12 @@ from peft import PeftModel
 
 from lite.data.examples import TokenExample
 from lite.engine.forward import Path as ForwardPath
-from lite.model import adapters
+from lite.model import trained
+from lite.model.trained import Trained
 from lite.reference.fill import fill
 from lite.reference.lookup import Cached
 from lite.reference.weights import tensors_digest
+from lite.sizes import in_gib
 from lite.train import checkpoints
 from lite.train.batches import Batches
 from lite.train.recovery import Room
@@ -32,7 +35,7 @@ class Refresh:
         self,
         every: int,
         reference: Cached,
-        model: PeftModel,
+        model: Trained,
         held_out: list[TokenExample],
         *,
         room: Room,
@@ -50,30 +53,33 @@ class Refresh:
         self.note = note
         self.step = 0
 
-    def before(self, step: int, batches: Batches) -> None:
-        """Let the policy be the reference from here on, if it is time; `step` steps are done."""
-        if step > self.step and step % self.every == 0:
-            checkpoints.publish(self._adapter(step), lambda unfinished: adapters.save(self.model, unfinished))
-            computed = self._take(step, batches)
-            self.note(f"after step {step} the policy is the reference: {computed} rows read")
+    def is_due(self, step: int) -> bool:
+        """Whether it is time; `step` steps are done."""
+        return step > self.step and step % self.every == 0
+
+    def take_over(self, step: int, batches: Batches) -> None:
+        """Let the policy be the reference from here on; no update of it may wait."""
+        checkpoints.publish(self._kept(step), lambda unfinished: trained.save(self.model, unfinished))
+        computed = self._take(step, batches)
+        self.note(f"after step {step} the policy is the reference: {computed} rows read{self._cost(step)}")
 
     def restore(self, step: int, checkpoint: Path, batches: Batches) -> None:
         """The reference of a checkpoint, which was refreshed after `step`."""
         if step == 0:
             return
-        adapters.load(self.model, self._adapter(step))
+        trained.load(self.model, self._kept(step))
         self._take(step, batches)
-        adapters.load(self.model, checkpoint)
+        trained.load(self.model, checkpoint)
 
     def forget_before(self, step: int) -> None:
-        """Delete the adapters that no checkpoint needs any more."""
+        """Delete what no checkpoint needs any more."""
         for folder in self.folder.glob("step-*"):
             if int(folder.name.removeprefix("step-")) < step:
                 shutil.rmtree(folder)
 
     def _take(self, step: int, batches: Batches) -> int:
         """Compute what is missing for the steps up to the next refresh, and look up there from now on."""
-        digest = tensors_digest(*adapters.content(self.model))
+        digest = tensors_digest(*trained.content(self.model))
         identity = replace(self.reference.identity, adapter=digest)
         until = min((step // self.every + 1) * self.every, len(batches))
         ahead = [example for index in range(step, until) for example in batches.examples(index)]
@@ -83,5 +89,11 @@ class Refresh:
         self.step = step
         return computed
 
-    def _adapter(self, step: int) -> Path:
+    def _kept(self, step: int) -> Path:
         return self.folder / f"step-{step}"
+
+    def _cost(self, step: int) -> str:
+        if isinstance(self.model, PeftModel):
+            return ""
+        kept = sum(path.stat().st_size for path in self._kept(step).rglob("*"))
+        return f", a copy of the weights kept ({in_gib(kept)})"

@@ -8,6 +8,7 @@ runs/NAME/
   logps/            what the policy said of the held-out rows at each evaluation: for `lite what-if`
   checkpoints/      the newest, each whole        samples.json    answers before and after
   adapter/          the result, with tokenizer    result.json     the numbers at the end; only a finished run has it
+  model/            instead of adapter/, where the weights themselves were trained: a whole model
   start_adapter/    a copy of the adapter that the run went on from, if it did
   rows_skipped.txt  rows that could not be used, if --skip-bad-rows let it go on without them
 """
@@ -16,6 +17,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +30,7 @@ from safetensors import SafetensorError
 
 from lite import recipe as recipes
 from lite.errors import RunError, raise_collected
+from lite.model import trained
 from lite.recipe import Recipe
 from lite.train import checkpoints, judged, metrics
 from lite.train.interrupt import command
@@ -46,7 +49,10 @@ START_ADAPTER = "start_adapter"
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run. `result`: run, steps, seconds, peak_bytes, packing, eval_before, eval_after."""
+    """A finished run. `result`: run, steps, seconds, peak_bytes, packing, eval_before, eval_after; of full also model.
+
+    It has left an adapter or, with `full`, a model; to ask for the other is a RunError that says so.
+    """
 
     folder: Path
     recipe: Recipe
@@ -55,7 +61,19 @@ class Run:
     @property
     def adapter(self) -> Path:
         """The trained adapter, with the tokenizer that belongs to it."""
-        return self.folder / "adapter"
+        if self.recipe.full:
+            raise RunError(
+                f"{self.folder}: whole weights were trained, and there is no adapter. Its model: {self.model}."
+            )
+        return self.folder / trained.ADAPTER
+
+    @property
+    def model(self) -> Path:
+        """The model whose weights were trained, with the tokenizer that belongs to it."""
+        if not self.recipe.full:
+            told = f"{self.folder}: the run trained an adapter, {self.adapter}. "
+            raise RunError(f"{told}To have a model of it: lite merge {shlex.quote(str(self.folder))} -o MODEL.")
+        return self.folder / trained.WHOLE
 
     @property
     def metrics(self) -> list[dict[str, Any]]:

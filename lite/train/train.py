@@ -1,4 +1,4 @@
-"""The story of a run: data, model, a look at both, the steps, another look, and the adapter that is left.
+"""The story of a run: data, model, a look at both, the steps, another look, and the adapter or model that is left.
 
 Resuming is the same story with fewer steps to go. Whatever a later part needs of an earlier one is in the run's folder
 by then, so that a run that was killed and resumed leaves what an undisturbed one leaves: on a CPU, bit for bit.
@@ -9,24 +9,25 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+from peft import PeftModel
 from transformers import GenerationConfig
 
 from lite.data.template import AUTO, NONE
 from lite.errors import RunError
-from lite.model import adapters, trained_with
+from lite.model import adapters, trained, trained_with, whole_files
 from lite.model.head import unwrapped
 from lite.model.origin import folder_of, weights_mark
 from lite.recipe import Recipe
 from lite.train import checkpoints, failures, interrupt, judged, machine, metrics, run, samples
 from lite.train.memory import Comparison
-from lite.train.progress import Progress, Quiet
+from lite.train.progress import Progress, Quiet, in_mib
 from lite.train.run import Run
 from lite.train.trainer import Trainer, state
 from lite.train.work import Work, loss_identity, read, set_up
 
 
 def train(recipe: Recipe, progress: Progress | None = None) -> Run:
-    """Train an adapter as the recipe says; the finished run.
+    """Train an adapter, or with `full` the weights themselves, as the recipe says; the finished run.
 
     Raises a LiteError for what the user can mend, and Interrupted, after a checkpoint, when asked by a signal to stop.
     """
@@ -34,7 +35,7 @@ def train(recipe: Recipe, progress: Progress | None = None) -> Run:
     with failures.told(progress), ExitStack() as open_until:
         started = time.perf_counter()
         run.require_free(recipe)
-        recipe = adapters.settle(recipe)
+        recipe = trained.settle(recipe)
         work = set_up(recipe, *read(recipe, progress), progress, open_until=open_until)
         folder = run.new_folder(recipe)
         # Not where it lies: so that the saved recipe, given to --recipe, makes a run of its own.
@@ -124,9 +125,9 @@ def _carry_out(work: Work, folder: Path, checkpoint: Path | None, started: float
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if request.asked:
         raise interrupt.Interrupted(folder, trainer.state.global_step)
+    trainer.merge()
     _look(trainer, work, folder, "after")
-    progress.stage("saving the adapter")
-    checkpoints.publish(folder / "adapter", lambda unfinished: _save_adapter(work, unfinished))
+    _leave(work, folder)
     result = {
         "run": str(folder),
         "steps": trainer.state.global_step,
@@ -136,6 +137,8 @@ def _carry_out(work: Work, folder: Path, checkpoint: Path | None, started: float
         "eval_before": metrics.evaluation(folder / metrics.METRICS, 0) or {},
         "eval_after": metrics.evaluation(folder / metrics.METRICS, trainer.state.global_step) or {},
     }
+    if recipe.full:
+        result["model"] = str(folder / trained.WHOLE)
     run.write_json(folder / run.RESULT, result)
     return Run(folder, recipe, result)
 
@@ -169,9 +172,32 @@ def _go_back(folder: Path, progress: Progress) -> Path | None:
     return checkpoint
 
 
+def _leave(work: Work, folder: Path) -> None:
+    """What was trained, in the run's folder, with what belongs to it: there whole or not at all."""
+    if isinstance(work.model, PeftModel):
+        work.progress.stage("saving the adapter")
+        checkpoints.publish(folder / trained.ADAPTER, lambda unfinished: _save_adapter(work, unfinished))
+    else:
+        work.progress.stage("saving the model")
+        checkpoints.publish(folder / trained.WHOLE, lambda unfinished: _save_model(work, unfinished))
+
+
 def _save_adapter(work: Work, folder: Path) -> None:
-    """The adapter, and what a server needs to stop where the training data did: tokenizer, template, stop tokens."""
     adapters.save(work.model, folder)
+    _save_companions(work, folder)
+    base = folder_of(work.recipe)
+    trained_with.write(folder, None if base is None else weights_mark(base))
+
+
+def _save_model(work: Work, folder: Path) -> None:
+    total = whole_files.weight_bytes(work.model)
+    whole_files.write_model(work.model, folder, in_mib(work.progress, total))
+    _save_companions(work, folder)
+    trained_with.write(folder)
+
+
+def _save_companions(work: Work, folder: Path) -> None:
+    """What a server needs to stop where the training data did: tokenizer, template, stop tokens."""
     template = work.recipe.chat_template
     if template != AUTO:
         work.tokenizer.chat_template = None if template == NONE else Path(template).read_text(encoding="utf-8")
@@ -179,5 +205,3 @@ def _save_adapter(work: Work, folder: Path) -> None:
     settings = unwrapped(work.model).generation_config.to_dict() | {"eos_token_id": list(work.data.stop_ids)}
     settings.pop("_from_model_config", None)  # or a loader would take the model's own stop tokens over these
     GenerationConfig.from_dict(settings).save_pretrained(str(folder))
-    base = folder_of(work.recipe)
-    trained_with.write(folder, None if base is None else weights_mark(base))

@@ -16,21 +16,22 @@ from typing import Any
 
 import torch
 import transformers
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback
 
 from lite.data.packs import Batch
 from lite.engine import step
 from lite.engine.forward import Path as ForwardPath
 from lite.engine.objective import Objective
-from lite.engine.optimizer import optimizer
+from lite.engine.optimizer import clip, kinds_in_state, optimizer
 from lite.engine.scalars import Scalars
-from lite.model import adapters
+from lite.model import trained, whole
+from lite.model.trained import Trained
+from lite.optim.galore import GaLore
 from lite.recipe import Recipe
-from lite.train import checkpoints, failures, machine, metrics
+from lite.train import checkpoints, failures, metrics
 from lite.train.arguments import arguments
 from lite.train.batches import Batches
 from lite.train.interrupt import Request
@@ -39,6 +40,7 @@ from lite.train.progress import Progress
 from lite.train.recovery import Room
 from lite.train.refresh import Refresh
 from lite.train.schedule import schedule
+from lite.train.watch import Watch
 
 STATE = "lite.json"  # in a checkpoint: what lite adds to Trainer's own state
 
@@ -48,7 +50,7 @@ class Trainer(transformers.Trainer):
 
     def __init__(
         self,
-        model: PeftModel,
+        model: Trained,
         recipe: Recipe,
         batches: Batches,
         *,
@@ -74,13 +76,14 @@ class Trainer(transformers.Trainer):
         self.folder = folder
         self.progress = progress
         self.interval = metrics.Interval()
+        self.norms: dict[str, Tensor | float] = {}  # of the interval's latest refresh of subspaces
         self.planned: Comparison | None = None  # until the first step's peak is known
         super().__init__(
             model=model,
             args=arguments(recipe, folder, len(batches), device=model.device, evaluates=evaluate is not None),
             train_dataset=batches,
             eval_dataset=[],  # evaluation is `evaluate`; Trainer only wants to see that there is something
-            callbacks=[_Watch(self, request)],
+            callbacks=[Watch(self, request)],
         )
         self.remove_callback(PrinterCallback)
 
@@ -93,8 +96,10 @@ class Trainer(transformers.Trainer):
     ) -> tuple[list[Batch], None]:
         """The next batch. Its normaliser is known to the step, so nothing is counted here."""
         self.started = time.perf_counter()
-        if self.refresh:  # before the batch is laid out, for its reference is looked up then
-            self.refresh.before(self.state.global_step, self.batches)
+        if self.refresh and self.refresh.is_due(self.state.global_step):
+            self.merge()
+            # Before the batch is laid out, for its reference is looked up then.
+            self.refresh.take_over(self.state.global_step, self.batches)
         return [next(epoch_iterator)], None
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
@@ -123,10 +128,31 @@ class Trainer(transformers.Trainer):
         """Nothing of a step that failed is left, and its examples are laid out as there is room now."""
         for parameter in [*self.model.parameters(), *self.scalars.values.values()]:
             parameter.grad = None
+        if self.galore:
+            self.galore.zero_grad()
         self.current = self.batches[self.state.global_step]
+
+    @property
+    def galore(self) -> GaLore | None:
+        """The optimizer, if it is GaLore; not what accelerate wraps around it."""
+        bare = getattr(self.optimizer, "optimizer", self.optimizer)
+        return bare if isinstance(bare, GaLore) else None
+
+    def merge(self) -> None:
+        """Round what waits beside the weights into them, before they are taken for the model."""
+        if self.galore:
+            self.galore.merge()
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        """Trainer's; of GaLore what it has gathered, for parameters have no gradients then."""
+        if self.galore:
+            return clip(self.galore, [], self.args.max_grad_norm)
+        return super()._clip_grad_norm(model)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float:
         """The norm before clipping, checked before the optimizer may use the gradient."""
+        if self.galore and grad_norm is None:
+            grad_norm = clip(self.galore, [], 0.0)
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         self._require_finite("gradient's norm", float(norm), self.state.global_step + 1)
         return norm
@@ -141,7 +167,9 @@ class Trainer(transformers.Trainer):
             averages = self.interval.averages()
             loss = averages.pop("loss")
             rates = {"grad_norm": float(logs["grad_norm"]), "learning_rate": logs["learning_rate"]}
-            record = {"loss": loss, **rates, **averages, "num_tokens": self.interval.num_tokens}
+            norms = {name: float(norm) for name, norm in self.norms.items()}
+            self.norms = {}
+            record = {"loss": loss, **rates, **norms, **averages, "num_tokens": self.interval.num_tokens}
         elif any(key.startswith("eval_") for key in logs):
             record = dict(logs)
         else:
@@ -187,17 +215,16 @@ class Trainer(transformers.Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: None) -> None:
         """Staged, not in place: see checkpoints.write. Refused if the last update has broken the weights."""
-        largest = torch.stack([p.detach().abs().max() for p in self.model.parameters() if p.requires_grad]).max()
-        self._require_finite("largest weight after it", float(largest), self.state.global_step)
+        self._require_finite("largest weight after it", float(whole.largest(self.model)), self.state.global_step)
         parent = self.folder / "checkpoints"
         checkpoints.write(parent, self.state.global_step, self._fill)
         checkpoints.prune(parent, self.recipe.save_total_limit)
         if self.refresh:
-            whole = [kept for kept in checkpoints.listed(parent) if not checkpoints.problems(kept)]
-            self.refresh.forget_before(min(state(kept)["refreshed"] for kept in whole))
+            sound = [kept for kept in checkpoints.listed(parent) if not checkpoints.problems(kept)]
+            self.refresh.forget_before(min(state(kept)["refreshed"] for kept in sound))
 
     def _fill(self, folder: Path) -> None:
-        adapters.save(self.model, folder)
+        trained.save(self.model, folder)
         self._save_optimizer_and_scheduler(str(folder))
         self._save_rng_state(str(folder))
         self.state.save_to_json(str(folder / "trainer_state.json"))
@@ -205,6 +232,7 @@ class Trainer(transformers.Trainer):
         state = {
             "lengths": lengths,
             "interval": asdict(self.interval),
+            "norms": {name: float(norm) for name, norm in self.norms.items()},
             "steps": len(self.batches),
             "scalars": self.scalars.state(),
             "refreshed": self.refresh.step if self.refresh else 0,
@@ -213,10 +241,11 @@ class Trainer(transformers.Trainer):
         (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """The adapter, in its own dtype: Trainer would go through peft's load_adapter, which makes bf16 fp32."""
+        """What is trained, in its own dtype: Trainer would go through peft's load_adapter, which makes bf16 fp32."""
         folder = Path(resume_from_checkpoint)
-        adapters.load(self.model, folder)
+        trained.load(self.model, folder)
         self.interval = metrics.Interval(**state(folder)["interval"])
+        self.norms = state(folder).get("norms", {})  # not in a checkpoint of an earlier lite
         self.scalars.restore(state(folder)["scalars"])
         self.room.restore(state(folder)["packing"])
         if self.refresh:
@@ -224,7 +253,8 @@ class Trainer(transformers.Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Trainer's; and if the run has been made longer, the learning rate of the longer schedule from here on."""
-        super()._load_optimizer_and_scheduler(checkpoint)
+        with torch.serialization.safe_globals(kinds_in_state(self.recipe)):
+            super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and state(Path(checkpoint))["steps"] != len(self.batches):
             # The saved rate belongs to the shorter schedule: take the last step of the schedule again.
             self.lr_scheduler.last_epoch -= 1
@@ -234,42 +264,6 @@ class Trainer(transformers.Trainer):
 def state(checkpoint: Path) -> dict[str, Any]:
     """What lite adds to a checkpoint: the lengths of the run's logs, the open interval, the steps of its schedule."""
     return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-
-
-class _Watch(TrainerCallback):
-    """After each step: the line of speed.jsonl, the progress bar, and the end if a signal has asked for it."""
-
-    def __init__(self, trainer: Trainer, request: Request) -> None:
-        self.trainer = trainer
-        self.request = request
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> TrainerControl:
-        trainer = self.trainer
-        # Trainer's epoch is the whole run here; users mean a pass over their rows.
-        state.epoch = state.global_step / trainer.batches.steps_per_epoch
-        seconds = time.perf_counter() - trainer.started
-        tokens = trainer.latest["tokens"]
-        speed = {
-            "seconds": seconds,
-            "tokens": tokens,
-            "tokens_per_second": tokens / seconds,
-            "memory_bytes": machine.peak_bytes(args.device),
-        }
-        if trainer.planned:
-            speed["planned_bytes"] = trainer.planned.planned_bytes
-            trainer.progress.note(trainer.planned.told(args.device))
-            trainer.planned = None
-        metrics.append(trainer.folder / metrics.SPEED, {"step": state.global_step, **speed})
-        trainer.progress.step(state.global_step, {**trainer.latest, **speed})
-        if state.global_step == state.max_steps:
-            control.should_log = True  # or the steps since the last line would be in none
-        if trainer.score and state.global_step % args.save_steps == 0 and state.global_step < state.max_steps:
-            control.should_evaluate = True  # what a checkpoint is worth; the last one is evaluated when all is done
-        if self.request.asked:
-            control.should_save = control.should_training_stop = True
-        return control
 
 
 def _only(items: list[Batch]) -> Batch:

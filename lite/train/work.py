@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from lite import signatures
@@ -26,9 +25,10 @@ from lite.engine.objective import Objective
 from lite.engine.optimizer import require as require_optimizer
 from lite.engine.scalars import Scalars
 from lite.memory.levers import Levers, pull
-from lite.model import adapters, load
+from lite.model import load, trained
 from lite.model.attention import install
 from lite.model.head import unwrapped
+from lite.model.trained import Trained
 from lite.plan.plan import Plan
 from lite.recipe import Recipe
 from lite.reference import precompute
@@ -49,7 +49,7 @@ class Work:
     recipe: Recipe
     tokenizer: PreTrainedTokenizerBase
     data: Prepared
-    model: PeftModel
+    model: Trained
     room: Room
     path: ForwardPath
     objective: Objective
@@ -168,7 +168,7 @@ def set_up(
             filled = precompute.by_model(recipe, store, examples, tokenizer, progress.rows, progress.stage)
     progress.stage(f"loading {recipe.model}")
     machine.make_ready(load.device(recipe))
-    model = adapters.attach(load.load_model(recipe, host_layers=levers.layers_on_host), here)
+    model = trained.attach(load.load_model(recipe, host_layers=levers.layers_on_host), here)
     pull(model, levers)
     path, chosen = layout.path_of(recipe), layout.layout_of(recipe, model)
     if recipe.self_check:
@@ -223,7 +223,7 @@ def loss_identity(recipe: Recipe) -> str | None:
     return hashlib.blake2b(b"".join(path.read_bytes() for path in own), digest_size=16).hexdigest() if own else None
 
 
-def _model_identity(recipe: Recipe, model: PeftModel, reference: Reference | None) -> dict[str, Any]:
+def _model_identity(recipe: Recipe, model: Trained, reference: Reference | None) -> dict[str, Any]:
     """The model's name and, of a folder, the sizes of its files; of the hub, the commit; and its reference, if any."""
     config = unwrapped(model).config
     folder = Path(config.name_or_path)

@@ -126,6 +126,7 @@ class GaLore(torch.optim.Optimizer):
         for matrix in self._matrices():
             matrix.forget()
         self.vectors.forget()
+        self.numbers.forget()
         for one in self.projected:
             one.prepare(self.steps)
 

@@ -62,10 +62,10 @@ def main(arguments: Sequence[str]) -> int:
         progress.stage("loading torch and transformers")
         session.import_quickly("lite.plan")
         from lite import plan as planning
-        from lite.model import adapters
+        from lite.model import trained
         from lite.plan.target import target
 
-        recipe = adapters.settle(recipe)  # of an adapter that it goes on from, the rank
+        recipe = trained.settle(recipe)  # of an adapter that it goes on from, the rank
 
         where = target(recipe, card=asked.get("card"))
         rows = _lengths(recipe, progress) if _has_data(recipe) else None

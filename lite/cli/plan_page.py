@@ -20,6 +20,7 @@ BAR = 30  # characters that the card's memory is wide
 PARTS = {
     "weights": "frozen weights",
     "adapters": "adapters, fp32",
+    "projections": "subspaces",
     "optimizer": "optimizer's states",
     "gradients": "gradients",
     "activations": "kept for backward",
@@ -41,7 +42,7 @@ def show(plan: "Plan", following: Iterable[str]) -> None:
     verdict = "fits" if plan.fits else "does not fit"
     where = f"{target.card.name}, {in_gib(target.memory_bytes)}"
     page.print(
-        Text(f"\n{plan.recipe.model}, {_kind(plan)}, {plan.recipe.method}, {_adapter(plan)}, on {where}\n"),
+        Text(f"\n{plan.recipe.model}, {_kind(plan)}, {plan.recipe.method}, {_trained(plan)}, on {where}\n"),
         Text(f"{verdict}: {in_gib(plan.peak_bytes)} of {in_gib(target.budget_bytes)}\n", style="bold"),
         sep="",
     )
@@ -87,11 +88,21 @@ def reaches(found: Sequence["Reach"], target: "Target") -> None:
 def _kind(plan: "Plan") -> str:
     if plan.recipe.load_in_4bit:
         return "nf4"
-    return "int8" if plan.recipe.load_in_8bit else str(plan.target.dtype).removeprefix("torch.")
+    eight_bit = plan.recipe.load_in_8bit or plan.recipe.int8_weights
+    return "int8" if eight_bit else str(plan.target.dtype).removeprefix("torch.")
 
 
-def _adapter(plan: "Plan") -> str:
-    return f"LoRA r={plan.recipe.lora_r}, {plan.recipe.optimizer}"
+def _trained(plan: "Plan") -> str:
+    """What is trained, and by which optimizer."""
+    recipe = plan.recipe
+    if not recipe.full:
+        return f"LoRA r={recipe.lora_r}, {recipe.optimizer}"
+    ends = ", embeddings too" if recipe.train_embeddings else ""
+    if recipe.optimizer == "galore":
+        states = recipe.galore_states.replace("8bit", "8-bit")
+        return f"GaLore r={recipe.galore_rank}, {states} states{ends}"
+    rank = f" r={recipe.galore_rank}" if recipe.optimizer == "galore-torch" else ""
+    return f"every weight, {recipe.optimizer}{rank}{ends}"
 
 
 def _bars(plan: "Plan") -> Table:
@@ -107,9 +118,8 @@ def _bars(plan: "Plan") -> Table:
         if size < 2**20 and name != "weights":
             continue
         bar = "█" * round(BAR * size / whole)
-        shown.add_row(
-            PARTS.get(name, name), in_gib(size), Text(bar, style="dim" if name in ("free", "reserve") else "cyan")
-        )
+        words = "weights" if name == "weights" and plan.recipe.full else PARTS.get(name, name)
+        shown.add_row(words, in_gib(size), Text(bar, style="dim" if name in ("free", "reserve") else "cyan"))
     return shown
 
 

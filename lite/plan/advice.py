@@ -55,6 +55,9 @@ def memory(needed_bytes: int, where: Target) -> str:
 
 def _changes(recipe: Recipe) -> Iterator[tuple[dict[str, object], str]]:
     """Single changes of the recipe, the least of them first."""
+    if recipe.full:
+        yield from _changes_of_full(recipe)
+        return
     if recipe.optimizer == "adamw":
         yield {"optimizer": "adamw-8bit"}, "--optimizer adamw-8bit"
     if recipe.lora_r > 8:
@@ -62,6 +65,25 @@ def _changes(recipe: Recipe) -> Iterator[tuple[dict[str, object], str]]:
     if not recipe.load_in_4bit:
         yield {"load_in_4bit": True, "load_in_8bit": False}, "--4bit"
         yield {"load_in_4bit": True, "load_in_8bit": False, "optimizer": "adamw-8bit"}, "--4bit --optimizer adamw-8bit"
+
+
+def _changes_of_full(recipe: Recipe) -> Iterator[tuple[dict[str, object], str]]:
+    if recipe.optimizer != "galore":
+        if recipe.optimizer == "adamw":
+            yield {"optimizer": "adamw-8bit"}, "--optimizer adamw-8bit"
+        yield {"optimizer": "galore"}, "--optimizer galore"
+        yield {"optimizer": "galore", "dtype": "auto"}, "--optimizer galore --dtype auto"
+        return
+    if recipe.galore_states != "8bit":
+        yield {"galore_states": "8bit"}, "--galore-states 8bit"
+    for rank in (64, 32):
+        if recipe.galore_rank > rank:
+            yield {"galore_rank": rank}, f"--galore-rank {rank}"
+    if not recipe.int8_weights:
+        yield {"int8_weights": True}, "--int8-weights"
+    if recipe.train_embeddings:
+        yield {"train_embeddings": False}, "--no-train-embeddings"
+        yield {"train_embeddings": False, "int8_weights": True}, "--no-train-embeddings --int8-weights"
 
 
 def _shorter(recipe: Recipe, rows: Lengths) -> Iterator[tuple[int, Lengths]]:

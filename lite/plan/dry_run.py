@@ -2,6 +2,8 @@
 
 Nothing here knows how a step works; it runs `engine.step` and the recipe's own optimizer, and counts. So a plan cannot
 drift from the code. What a real run and this one do not share is said in `memory/workspace.py`, and by the reserve.
+Where whole weights are trained, the pack is a later one of its step, which finds the gradients of the earlier ones; and
+by GaLore the step is the one of the run in which refreshes take the most (refreshes.py).
 """
 
 import contextlib
@@ -12,8 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import optimizer as torch_optimizer
 from torch.utils._pytree import tree_leaves
 
@@ -22,11 +23,16 @@ from lite.device import meta_stands_for
 from lite.engine import step
 from lite.engine.forward import Path
 from lite.engine.objective import Objective
-from lite.engine.optimizer import optimizer
+from lite.engine.optimizer import clip, optimizer
 from lite.engine.scalars import Scalars
 from lite.memory import marks
 from lite.memory.host import host_tensors
 from lite.memory.meter import CUDA_GRANULE, Meter, frozen_tensors
+from lite.model.head import unwrapped
+from lite.model.trained import Trained
+from lite.optim.galore import GaLore
+from lite.optim.moments import Moments
+from lite.plan import refreshes
 from lite.plan.cards import Card
 from lite.plan.cost import Cost, visible_pairs
 from lite.recipe import Recipe
@@ -46,7 +52,7 @@ class Outcome:
     peaks: Counter[str]  # of each phase
     parts: Counter[str]  # at the peak
     phase: str  # that it is in
-    static_bytes: int  # before the step: weights, adapters, optimizer
+    static_bytes: int  # before the step: weights, adapters, optimizer, gradients of earlier packs
     host_bytes: int
     cost: Cost
 
@@ -60,7 +66,7 @@ class Account(Meter):
 
     def seen(self, name: str, args: tuple, kwargs: dict, out: Any) -> None:
         """Count it where it is not of the preparations."""
-        if self.phase_now == "idle" or name.partition(".")[0] in VIEWS:
+        if self.phase_now in ("idle", "gradients") or name.partition(".")[0] in VIEWS:
             return
         tensors: list[Tensor] = []
         for one in (*args, *kwargs.values(), out):
@@ -73,48 +79,78 @@ class Account(Meter):
 
 
 def dry_run(
-    model: PeftModel, batch: Batch, recipe: Recipe, path: Path, *, card: Card, device_type: str, trace: bool = False
+    model: Trained,
+    batch: Batch,
+    recipe: Recipe,
+    path: Path,
+    *,
+    card: Card,
+    device_type: str,
+    trace: bool = False,
+    refreshing: bool = True,
 ) -> Outcome:
-    """One whole step of `batch` (one pack) on a skeleton, its optimizer's states there before it begins."""
+    """One whole step of `batch` (one pack) on a skeleton, its optimizer's states there before it begins.
+
+    refreshing: whether GaLore's step is the heaviest one, or one in which no subspace is looked for.
+    """
     scalars = Scalars.of(recipe, model.device)
     objective = Objective.of(recipe.signature, recipe.hyperparameters, scalars.values)
     # Attention is called alike often for each pack of an example that is split: on average it sees so many.
     cost = Cost(card, round(sum(visible_pairs(pack) for pack in batch.packs) / len(batch.packs)))
     granule = CUDA_GRANULE if device_type == "cuda" else 1
     meter = Account(cost, granule=granule, words=words_of(model), trace=trace)
+    later = recipe.full and recipe.batch_size > 1
     with meta_stands_for(device_type), marks.watching(meter), _meta_optimizers():
-        run(model, batch, recipe, path, objective, scalars, meter)
+        run(model, batch, recipe, path, objective, scalars, meter, refreshing=refreshing, later=later)
     return outcome(meter)
 
 
 def run(
-    model: PeftModel, batch: Batch, recipe: Recipe, path: Path, objective: Objective, scalars: Scalars, meter: Meter
+    model: Trained,
+    batch: Batch,
+    recipe: Recipe,
+    path: Path,
+    objective: Objective,
+    scalars: Scalars,
+    meter: Meter,
+    *,
+    refreshing: bool = True,
+    later: bool = False,
 ) -> None:
-    """The step that is metered, on meta or on a real device; the meter is told what is there before."""
+    """The step that is metered, on meta or on a real device; the meter is told what is there before.
+
+    refreshing: as in `dry_run`; later: whether gradients of an earlier pack are there.
+    """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    _warm(recipe, trained[0].device)
     with meter, _no_collection():
         with marks.on_host():
             meter.hold(host_tensors(model), "weights")
         meter.hold(frozen_tensors(model), "weights")
-        meter.hold(trained, "adapters")
+        meter.hold(trained, "weights" if recipe.full else "adapters")
         update = _optimizer(model, recipe, scalars)
-        for parameter in [*trained, *scalars.values.values()]:
-            parameter.grad = torch.empty_like(parameter).zero_()
-        with marks.on_host() if recipe.optimizer == PAGED else contextlib.nullcontext():
-            update.step()
-        update.zero_grad()
+        if isinstance(update, GaLore):
+            _settle(update, recipe, meter, refreshing=refreshing)
+        else:
+            _step_once(update, recipe, [*trained, *scalars.values.values()])
+        meter.hold(_bases(update), "projections")
         meter.hold(_states(update), "optimizer")
-        handles = [p.register_post_accumulate_grad_hook(lambda q: meter.hold([q.grad], "gradients")) for p in trained]
+        if later:
+            meter.phase("gradients")
+            _gather(update, trained, unwrapped(model).get_output_embeddings().weight.dtype)
+            meter.phase("idle")
+        handles = [p.register_post_accumulate_grad_hook(lambda q: _held(meter, q)) for p in trained]
         meter.begin()
         step.backward(model, batch, objective, path)
         marks.phase("update")
-        if recipe.max_grad_norm:
-            _clip([parameter.grad for parameter in trained], recipe.max_grad_norm)
+        clip(update, trained, recipe.max_grad_norm)
         update.step()
         update.zero_grad()
         marks.phase("idle")
     for handle in handles:
         handle.remove()
+    if isinstance(update, GaLore):
+        update.vectors.release()
 
 
 def outcome(meter: Account) -> Outcome:
@@ -135,27 +171,80 @@ def parts_of(meter: Meter) -> Counter[str]:
     return +parts
 
 
-def words_of(model: PeftModel) -> int:
+def words_of(model: Trained) -> int:
     """The vocabulary, by which the meter knows logits."""
-    return model.get_base_model().get_output_embeddings().weight.shape[0]
+    return unwrapped(model).get_output_embeddings().weight.shape[0]
 
 
-def _optimizer(model: PeftModel, recipe: Recipe, scalars: Scalars) -> torch.optim.Optimizer:
+def _optimizer(model: Trained, recipe: Recipe, scalars: Scalars) -> torch.optim.Optimizer:
     if recipe.optimizer != PAGED:
         return optimizer(model, recipe, scalars)
     # Pages are made by CUDA alone. The same states, unpaged, counted as the host's.
     return optimizer(model, recipe.model_copy(update={"optimizer": "adamw-8bit"}), scalars)
 
 
+def _warm(recipe: Recipe, device: torch.device) -> None:
+    """Make what is made once in a process, so that a step takes the same whether it is the first."""
+    if recipe.optimizer == "galore":
+        Moments((1,), recipe.galore_states, torch.float32, device).read()
+
+
+def _settle(update: GaLore, recipe: Recipe, meter: Meter, *, refreshing: bool) -> None:
+    """Put the optimizer at the step that is run, with what waits and what was summed before it."""
+    shapes = [refreshes.Shape.of(one.matrix) for one in update.projected]
+    at = None
+    if refreshing and update.projected:
+        basis = update.projected[0].matrix.basis
+        at, _ = refreshes.heaviest(shapes, update.projected[0].settings, basis.dtype)
+    refreshes.place(update, at)
+    for state in update.state_dict()["projected"]:
+        meter.hold([state["sketch"]] if "sketch" in state else [], "gradients")
+        meter.hold([state["pending"]] if "pending" in state else [], "optimizer")
+
+
+def _step_once(update: torch.optim.Optimizer, recipe: Recipe, parameters: list[Tensor]) -> None:
+    """Let states come into being, by a step of zeros."""
+    for parameter in parameters:
+        parameter.grad = torch.empty_like(parameter).zero_()
+    with marks.on_host() if recipe.optimizer == PAGED else contextlib.nullcontext():
+        update.step()
+    update.zero_grad()
+    for state in update.state.values():
+        if "projector" in state:
+            state["step"] = 0  # galore-torch refreshes all its subspaces in one step
+
+
+def _gather(update: torch.optim.Optimizer, trained: list[nn.Parameter], dtype: torch.dtype) -> None:
+    """What an earlier pack leaves: gradients as they are kept between packs, of a token of zeros."""
+    if not isinstance(update, GaLore):
+        for parameter in trained:
+            parameter.grad = torch.empty_like(parameter).zero_()
+        return
+    for matrix in [*(one.matrix for one in update.projected), *update.small]:
+        out, width = matrix.weight.shape
+        left, right = (torch.zeros(1, size, dtype=dtype, device=matrix.weight.device) for size in (out, width))
+        matrix.take(left, right)
+    if vectors := update.vectors.parameters:
+        torch.stack([vector.sum() for vector in vectors]).sum().backward()  # their hooks take it
+
+
+def _held(meter: Meter, parameter: nn.Parameter) -> None:
+    if parameter.grad is not None:  # GaLore has taken its vectors' already
+        meter.hold([parameter.grad], "gradients")
+
+
+def _bases(update: torch.optim.Optimizer) -> list[Tensor]:
+    """The subspaces of either GaLore."""
+    ours = [state["basis"] for state in update.state.values() if "basis" in state]
+    theirs = [state["projector"].ortho_matrix for state in update.state.values() if "projector" in state]
+    return ours + theirs
+
+
 def _states(update: torch.optim.Optimizer) -> list[Tensor]:
-    return [leaf for state in update.state.values() for leaf in tree_leaves(state) if isinstance(leaf, Tensor)]
-
-
-@torch.no_grad()
-def _clip(gradients: list[Tensor], norm: float) -> None:
-    """What torch's clipping does with all gradients at once; its own function refuses meta by a list of devices."""
-    total = torch.stack(torch._foreach_norm(gradients)).norm()
-    torch._foreach_mul_(gradients, (norm / (total + 1e-6)).clamp(max=1.0))
+    """All else that is kept from step to step."""
+    known = {id(basis) for basis in _bases(update)}
+    leaves = [leaf for state in update.state.values() for leaf in tree_leaves(state) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in leaves if id(leaf) not in known]
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 import math
 from dataclasses import replace
 
-from lite.plan.ladder import tied
+from lite.plan.ladder import movable
 from lite.plan.law import Law, between
 from lite.plan.trials import Settings, Trials
 
@@ -11,7 +11,7 @@ FAR = 4  # times as many tokens: the other end of the line on which packs of oth
 
 
 def weights_bytes(trials: Trials, settings: Settings) -> int:
-    """The frozen weights that stay on the device."""
+    """The weights that stay on the device, an adapter's left out."""
     away = {"embedding": settings.levers.embedding_on_host, "layers": settings.levers.layers_on_host > 0}
     return sum(size for name, size in trials.static().items() if not away.get(name))
 
@@ -26,8 +26,8 @@ def law_of(trials: Trials, settings: Settings, tokens: int, *, like: Law | None 
     streamed = settings.levers.layers_on_host > 0
     fixed = trials.recipe.recompute_layers
     kept = (kept and not streamed) if fixed is None else fixed < trials.layers
-    movable = trials.target.device_type == "cuda" and trials.recipe.embedding_on_host is None and not tied(trials)
-    if movable and not settings.levers.embedding_on_host:
+    moves = trials.target.device_type == "cuda" and trials.recipe.embedding_on_host is None and movable(trials)
+    if moves and not settings.levers.embedding_on_host:
         away = replace(settings, levers=replace(settings.levers, embedding_on_host=True))
         here = trials.law(away, tokens, kept=kept).heavier(trials.static()["embedding"])
     else:

@@ -22,13 +22,14 @@ def rungs(trials: Trials) -> Iterator[tuple[str, Settings]]:
         bool(recipe.split_pairs),
         replace(fixed, recompute_layers=0),
     )
+    streams = recipe.recompute_layers != 0 and not recipe.full  # trained weights stay on the card
     steps: list[tuple[str, str, object, bool]] = [
-        ("the input embedding on the host", "embedding_on_host", True, on_card and not tied(trials)),
+        ("the input embedding on the host", "embedding_on_host", True, on_card and movable(trials)),
         ("logits of fewer tokens at once", "chunk_tokens", SMALL_CHUNK_TOKENS, True),
         ("checkpoints on the host", "offload_checkpoints", True, on_card and _inputs_fit_the_host(trials)),
         ("the MLP in tiles", "mlp_tile_tokens", TILE_TOKENS, _longest_pack(trials) > TILE_TOKENS),
         ("pairs one completion at a time", "split_pairs", True, len(recipe.signature.completions) > 1),
-        ("frozen layers on the host", "layers_on_host", 1, on_card and recipe.recompute_layers != 0),
+        ("frozen layers on the host", "layers_on_host", 1, on_card and streams),
     ]
     yield "recomputed layers", start
     for words, key, value, possible in steps:
@@ -41,9 +42,10 @@ def rungs(trials: Trials) -> Iterator[tuple[str, Settings]]:
         yield words, start
 
 
-def tied(trials: Trials) -> bool:
-    """Whether the head is the input embedding, which then must stay on the device."""
-    return bool(getattr(trials.config.get_text_config(), "tie_word_embeddings", False))
+def movable(trials: Trials) -> bool:
+    """Whether the input embedding may lie on the host: it is not trained, and not the head as well."""
+    tied = getattr(trials.config.get_text_config(), "tie_word_embeddings", False)
+    return not tied and not trials.recipe.train_embeddings
 
 
 def _inputs_fit_the_host(trials: Trials) -> bool:

@@ -47,14 +47,17 @@ class Regime:
         """Of a phase."""
         return together([time(r, p) for time in self.times[phase]], self.overlaps) if phase in self.times else 0.0
 
-    def heavier(self, size_bytes: float) -> "Regime":
-        """The same with so many bytes on the device all the while that were the host's."""
+    def holding(self, size_bytes: float, part: str) -> "Regime":
+        """The same with so many bytes more on the device all the while, as `part`."""
         return replace(
             self,
             peaks={phase: _more(peak, size_bytes) for phase, peak in self.peaks.items()},
-            parts={**self.parts, "weights": _more(self.parts["weights"], size_bytes)},
-            host_bytes=_more(self.host_bytes, -size_bytes),
+            parts={**self.parts, part: _more(self.parts.get(part, Affine(0, 0, 0)), size_bytes)},
         )
+
+    def heavier(self, size_bytes: float) -> "Regime":
+        """The same with so many bytes of weights on the device that were the host's."""
+        return replace(self.holding(size_bytes, "weights"), host_bytes=_more(self.host_bytes, -size_bytes))
 
     def mixed(self, other: "Regime", share: float) -> "Regime":
         """On the line from this (0) through the other (1)."""
@@ -108,8 +111,13 @@ class Law:
         found["activations"] = found.get("activations", 0.0) + self.peak_bytes(r, p) - sum(found.values())
         return {name: size for name, size in found.items() if size >= 1}
 
+    def holding(self, size_bytes: float, part: str) -> "Law":
+        """The same with so many bytes more on the device all the while, as `part`."""
+        kept, alone = (one and one.holding(size_bytes, part) for one in (self.kept, self.alone))
+        return replace(self, kept=kept, alone=alone)
+
     def heavier(self, size_bytes: float) -> "Law":
-        """The same with so many bytes on the device all the while that were the host's."""
+        """The same with so many bytes of weights on the device that were the host's."""
         kept, alone = (one and one.heavier(size_bytes) for one in (self.kept, self.alone))
         return replace(self, kept=kept, alone=alone)
 

@@ -1,4 +1,4 @@
-"""A model without memory: the real class with quantised weights and adapters, every tensor on meta.
+"""A model without memory: the real class, quantised, with adapters or whole weights to train, every tensor on meta.
 
 It is put together by the same calls as a real one: peft's adapters, lite's forwards, bitsandbytes' layers. Only the
 numbers are missing, and as many layers as one likes: a few tell what all of them take.
@@ -9,15 +9,15 @@ import warnings
 
 import bitsandbytes as bnb
 import torch
-from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from lite.errors import ModelError
-from lite.model import adapters, catalog, load
+from lite.model import catalog, load, matrices, trained
 from lite.model.attention import install
 from lite.model.norms import replace_norms
 from lite.model.rotary import still
+from lite.model.trained import Trained
 from lite.recipe import Recipe
 
 # bitsandbytes makes its code books where the first weight is quantised: on meta they would be lost to a real model.
@@ -35,7 +35,7 @@ def config_of(recipe: Recipe) -> PreTrainedConfig:
     return load.config_of(recipe, alone=True)
 
 
-def skeleton(recipe: Recipe, config: PreTrainedConfig, dtype: torch.dtype, *, layers: int | None = None) -> PeftModel:
+def skeleton(recipe: Recipe, config: PreTrainedConfig, dtype: torch.dtype, *, layers: int | None = None) -> Trained:
     """The recipe's model as it trains, with `layers` decoder layers, on meta. No lever is pulled yet."""
     config = _shortened(config, layers)
     quantised = config.to_dict().get("quantization_config")
@@ -54,14 +54,16 @@ def skeleton(recipe: Recipe, config: PreTrainedConfig, dtype: torch.dtype, *, la
         _quantise(model, dtype, four_bit=four_bit)
     model.config.use_cache = False
     model.requires_grad_(False)
+    if recipe.int8_weights:
+        matrices.to_eight_bits(model, model.device)
     replace_norms(model)
     load.steady(model)
     still(model)
     new = recipe.model_copy(update={"adapter": None, "run": None})  # of an adapter it goes on from, the sizes count
     with torch.device("meta"):
-        adapted = adapters.attach(model, new)
-    install(adapted)
-    return adapted.train()
+        made = trained.attach(model, new)
+    install(made)
+    return made.train()
 
 
 def layers_of(config: PreTrainedConfig) -> int:

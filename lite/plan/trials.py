@@ -3,16 +3,20 @@
 from dataclasses import dataclass, replace
 
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from lite.device import meta_stands_for
 from lite.engine.layout import layout_of, path_of
+from lite.engine.optimizer import subspaces
 from lite.memory.checkpoint import checkpoint_layers
 from lite.memory.levers import Levers, pull
 from lite.memory.meter import frozen_tensors
+from lite.model import matrices
+from lite.model.head import unwrapped
 from lite.model.layers import decoder_layers
-from lite.plan import dry_run, lengths, skeleton
+from lite.model.trained import Trained
+from lite.plan import dry_run, lengths, refreshes, skeleton
 from lite.plan.dry_run import Outcome
 from lite.plan.law import Law, law
 from lite.plan.target import Target
@@ -46,7 +50,7 @@ class Trials:
     def __init__(self, recipe: Recipe, config: PreTrainedConfig, rows: lengths.Lengths, target: Target) -> None:
         self.recipe, self.config, self.rows, self.target = recipe, config, rows, target
         self.layers = skeleton.layers_of(config)
-        self._skeletons: dict[tuple[object, ...], PeftModel] = {}
+        self._skeletons: dict[tuple[object, ...], Trained] = {}
         self._laws: dict[tuple[object, ...], Law] = {}
         self._outcomes: dict[tuple[object, ...], Outcome] = {}
         self.runs = 0
@@ -73,7 +77,10 @@ class Trials:
                 return self.outcome(replace(settings, levers=levers), tokens, layers=r + p)
 
             least = 3 if in_flight else 2 if streamed else 1
-            self._laws[key] = law(run, tokens, least=least, kept=kept, recomputed=recomputed)
+            found = law(run, tokens, least=least, kept=kept, recomputed=recomputed)
+            self._laws[key] = (
+                found.holding(self.refreshes_bytes(), "gradients") if self.recipe.optimizer == "galore" else found
+            )
         return self._laws[key]
 
     def outcome(self, settings: Settings, tokens: int, *, layers: int | None = None) -> Outcome:
@@ -91,22 +98,38 @@ class Trials:
             layout = replace(layout_of(recipe, model), padded=False, tokens_per_pack=tokens)
             batch = lengths.batch_of(self.rows, layout, tokens)
             card = self.target.card
-            return dry_run.dry_run(model, batch, recipe, path_of(recipe), card=card, device_type=device_type)
+            path, whole = path_of(recipe), layers is None
+            return dry_run.dry_run(model, batch, recipe, path, card=card, device_type=device_type, refreshing=whole)
 
     def static(self) -> dict[str, int]:
-        """Bytes of the frozen weights: of the layers, the input embedding, the head, and the rest."""
+        """Bytes of the weights, an adapter's left out: of the layers, the input embedding, the head, and the rest."""
         with meta_stands_for(self.target.device_type):
             model = self._skeleton(Levers(), 2)
-        base = model.get_base_model()
+        base, whole = unwrapped(model), not isinstance(model, PeftModel)
         embedding, head = base.get_input_embeddings().weight, base.get_output_embeddings().weight
-        per_layer = [_frozen_bytes(layer) for layer in decoder_layers(model).values()]
-        total = _frozen_bytes(model)
+        per_layer = [_weight_bytes(layer, whole=whole) for layer in decoder_layers(model).values()]
+        total = _weight_bytes(model, whole=whole)
         tied = embedding is head
         found = {"embedding": embedding.nbytes, "head": 0 if tied else head.nbytes}
         rest = total - sum(per_layer) - sum(found.values())
         return {"layers": per_layer[-1] * self.layers, **found, "rest": rest}
 
-    def _skeleton(self, levers: Levers, layers: int | None) -> PeftModel:
+    def refreshes_bytes(self) -> int:
+        """What GaLore's refreshes add in the heaviest step of a run; of the whole model, from the shapes of a layer."""
+        settings = subspaces(self.recipe)
+        with meta_stands_for(self.target.device_type):
+            model = self._skeleton(Levers(), 2)
+        found = {n: refreshes.Shape.of(m) for n, m in matrices.matrices(model).items() if m.short > settings.rank}
+        first, last = (f"{name}." for name in decoder_layers(model))
+        names = list(found)
+        start = next((i for i, name in enumerate(names) if name.startswith(first)), 0)
+        of_layer = [shape for name, shape in found.items() if name.startswith(last)]
+        before = [found[name] for name in names[:start]]
+        after = [found[name] for name in names[start + 2 * len(of_layer) :]]
+        shapes = [*before, *of_layer * self.layers, *after]
+        return refreshes.heaviest(shapes, settings, self.target.dtype)[1]
+
+    def _skeleton(self, levers: Levers, layers: int | None) -> Trained:
         # What these levers do to a model cannot be undone; recomputation is set anew each time.
         key = (layers, levers.embedding_on_host, levers.mlp_tile_tokens, levers.layers_on_host)
         if key not in self._skeletons or layers is None:
@@ -120,12 +143,13 @@ class Trials:
         return self._skeletons[key]
 
 
-def _frozen_bytes(model: nn.Module) -> int:
-    """Of what is not trained, each tensor once however many names it has."""
-    return sum({t.untyped_storage()._cdata: t.nbytes for t in frozen_tensors(model)}.values())
+def _weight_bytes(model: nn.Module, *, whole: bool) -> int:
+    """Of what is not trained, where `whole` of all weights; each tensor once however many names it has."""
+    tensors: list[Tensor] = [*frozen_tensors(model), *(model.parameters() if whole else ())]
+    return sum({t.untyped_storage()._cdata: t.nbytes for t in tensors}.values())
 
 
-def _recompute(model: PeftModel, levers: Levers) -> None:
+def _recompute(model: Trained, levers: Levers) -> None:
     checkpoint_layers(
         model, levers.recompute_layers, offload=levers.offload_checkpoints, keep_attention=levers.keep_attention
     )

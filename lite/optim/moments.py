@@ -66,8 +66,7 @@ class Moments:
             elif self.states == "bfloat16":
                 stored.copy_(to_bfloat16(value.to(torch.float32), generator))
             else:
-                code = _map(name, value.device)
-                codes, scale = torch.ops.bitsandbytes.quantize_blockwise.default(value.float(), code, BLOCK)
+                codes, scale = _quantised(value.to(torch.float32), _map(name, value.device))
                 # The first moment goes down to smaller numbers than the second's root: above a 0 it would fly.
                 stored.copy_(codes.view(self.shape).clamp_(min=0 if name == "first" else 1))
                 self.tensors[f"{name}_scale"].copy_(scale)
@@ -84,6 +83,21 @@ class Moments:
         scale, code = self.tensors[f"{name}_scale"], _map(name, stored.device)
         value = torch.ops.bitsandbytes.dequantize_blockwise.default(stored, scale, code, BLOCK, torch.float32)
         return value.to(self.exact)
+
+
+SMALL = 1e-4  # of a block's largest: below, bitsandbytes 0.50.2 has no codes on a CPU, and makes of a zero 2e-5
+
+
+def _quantised(value: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest of `code`'s values to each number beside its block's largest, flat or as it was, and the largest."""
+    codes, scale = torch.ops.bitsandbytes.quantize_blockwise.default(value, code, BLOCK)
+    if value.device.type == "cpu":
+        # A moment of nothing would otherwise grow, and all with the same sign.
+        flat = value.view(-1)
+        small = (flat.abs() < SMALL * scale.repeat_interleave(BLOCK)[: len(flat)]).nonzero()[:, 0]
+        part = flat[small] / scale[small // BLOCK]
+        codes.view(-1)[small] = torch.bucketize(part, (code[1:] + code[:-1]) / 2, out_int32=True).to(torch.uint8)
+    return codes, scale
 
 
 _MAPS: dict[tuple[bool, str], Tensor] = {}

@@ -180,10 +180,10 @@ def _asked(example: "Example | None") -> str:
 
 def following(scores: "Scores", arguments: Sequence[str]) -> list[str]:
     """What to type next."""
-    recipe, again = scores.subject.recipe, shlex.join(["lite", "score", *arguments])
+    subject, again = scores.subject, shlex.join(["lite", "score", *arguments])
     lines = [f"each row         {again} --json > scores.jsonl"]
-    if (recipe.run or recipe.adapter) and scores.subject.reference is None:
+    if (subject.run or subject.recipe.adapter) and subject.reference is None:
         lines.append(f"beside its start  {again} --ref start")
-    if recipe.run:
-        lines.append(f"other losses     {shlex.join(['lite', 'what-if', recipe.run])}")
+    if subject.run:
+        lines.append(f"other losses     {shlex.join(['lite', 'what-if', subject.run])}")
     return lines

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 # What training on must share with a run, beside its model and the loss's own settings; an adapter brings its own.
 SAME = ("loss", "load_in_4bit", "load_in_8bit", "ref", "ref_adapter", "ref_load_in_4bit", "chat_template", "columns")
+OF_FULL = ("train_embeddings", "int8_weights")
 
 
 def train(recipe: Recipe, *, as_json: bool) -> int:
@@ -91,7 +92,7 @@ def _follow(work: Callable[[Shown], "Run"], *, as_json: bool) -> int:
 
 
 def following(run: "Run") -> list[str]:
-    """Where the adapter is, and what to do with it: each command with what it needs of this run."""
+    """Where the adapter or the model is, and what to do with it: each command with what it needs of this run."""
     recipe, folder = run.recipe, shlex.quote(str(run.folder))
     rows = recipe.eval_data or recipe.data
     judged = f"lite score --run {folder}" + ("" if rows == BUNDLED else f" --data {shlex.quote(rows)}")
@@ -100,13 +101,22 @@ def following(run: "Run") -> list[str]:
     elif recipe.signature.reference:
         judged += " --ref start"
     other = f"    lite what-if {folder}" if run.result["eval_after"] else ""
-    same = shlex.join(["--model", recipe.model, *options.otherwise(recipe, SAME)])
+    same = options.otherwise(recipe, [*OF_FULL, *SAME])
+    export = f"lite export {folder} --to gguf --type q4_k_m"
+    if recipe.full:
+        left = f"model     {run.model}"
+        how = ["--galore"] if recipe.optimizer == "galore" else ["--full", "--optimizer", recipe.optimizer]
+        on = shlex.join(["--model", str(run.model), *how, *same])
+    else:
+        left = f"adapter   {run.adapter}"
+        export += f"    lite merge {folder} -o MODEL"
+        on = f"{shlex.join(['--model', recipe.model, *same])} --run {folder}"
     return [
-        f"adapter   {run.adapter}",
+        left,
         f"judge it  {judged}{other}",
         f"talk      lite chat {folder}",
-        f"export    lite export {folder} --to gguf --type q4_k_m    lite merge {folder} -o MODEL",
-        f"train on  lite {shlex.quote(recipe.method)} {same} --run {folder} --data MORE.jsonl",
+        f"export    {export}",
+        f"train on  lite {shlex.quote(recipe.method)} {on} --data MORE.jsonl",
     ]
 
 

@@ -1,14 +1,17 @@
 """The subject: which model is judged, on which rows, against which reference, as a recipe or a run tells it."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from lite.errors import RecipeError
+from lite.errors import RecipeError, RunError
+from lite.model.trained import WHOLE
 from lite.recipe import BUNDLED, Recipe
 from lite.reference.precompute import reference_recipe
 from lite.train import run
+from lite.train.interrupt import command
 
-START = "start"  # as `ref`: the model as it was before the adapter that is judged
+START = "start"  # as `ref`: the model as it was before what is judged was trained
 BETA = 0.1  # of rewards, where neither the recipe nor the run has one
 # What a run says of its model, unless another one is named; where it was trained says nothing of where it is judged.
 OF_THE_MODEL = [
@@ -22,9 +25,10 @@ OF_THE_DATA = ["chat_template", "max_length"]
 class Subject(NamedTuple):
     """What to judge."""
 
-    recipe: Recipe  # of the model with its adapter, and of the data
+    recipe: Recipe  # of the model with its adapter, and of the data; of a run with whole weights, of its model
     reference: Recipe | None  # of the model to compare with
     beta: float  # by which log ratios become rewards
+    run: str | None = None  # the run that is judged
 
 
 def subject_of(recipe: Recipe) -> Subject:
@@ -37,12 +41,41 @@ def subject_of(recipe: Recipe) -> Subject:
     beta = asked.get("beta", recipe.hyperparameters.get("beta", BETA))
     if recipe.run is not None:
         trained = run.opened(Path(recipe.run))
+        if trained.full:
+            return _of_whole(recipe, asked, trained, beta)
         keys = OF_THE_DATA if "model" in asked else [*OF_THE_MODEL, *OF_THE_DATA]
         taken = {key: getattr(trained, key) for key in keys}
         recipe = Recipe(**{**taken, "data": recipe.data if "data" in asked else _rows_of(trained), **asked})
-        own = trained.hyperparameters
-        beta = asked.get("beta", own.get("beta", own.get(f"{trained.method}.beta", beta)))
-    return Subject(recipe, _reference(recipe), float(beta))
+        beta = _beta(asked, trained, beta)
+    return Subject(recipe, _reference(recipe), float(beta), recipe.run)
+
+
+def _of_whole(recipe: Recipe, asked: Mapping[str, Any], trained: Recipe, beta: float) -> Subject:
+    """The subject that a run of whole weights is: its own model, whose start is the one that it was trained from."""
+    folder = Path(str(recipe.run))
+    if "model" in asked:
+        raise RecipeError(
+            f"--model {recipe.model} beside --run {folder}: the run trained whole weights, so its own model is judged. "
+            "Leave one of them out."
+        )
+    if run.result(folder) is None:
+        raise RunError(f"{folder}: this run has not finished. Let it: `{command(folder)}`.")
+    taken = {key: getattr(trained, key) for key in [*OF_THE_MODEL, *OF_THE_DATA]}
+    taken |= {"model": str(folder / WHOLE), "revision": None}
+    taken["data"] = recipe.data if "data" in asked else _rows_of(trained)
+    judged = Recipe(**{**taken, **{key: value for key, value in asked.items() if key != "run"}})
+    beta = float(_beta(asked, trained, beta))
+    if recipe.ref != START:
+        return Subject(judged, _reference(judged), beta, recipe.run)
+    _require_bare_start(recipe)
+    in_eight_bits = trained.int8_weights and not (judged.load_in_4bit or judged.load_in_8bit)
+    first = {"ref": None, "model": trained.model, "revision": trained.revision, "int8_weights": in_eight_bits}
+    return Subject(judged, judged.model_copy(update=first), beta, recipe.run)
+
+
+def _beta(asked: Mapping[str, Any], trained: Recipe, otherwise: float) -> float:
+    own = trained.hyperparameters
+    return asked.get("beta", own.get("beta", own.get(f"{trained.method}.beta", otherwise)))
 
 
 def _rows_of(trained: Recipe) -> str:
@@ -58,10 +91,7 @@ def _rows_of(trained: Recipe) -> str:
 def _reference(recipe: Recipe) -> Recipe | None:
     if recipe.ref != START:
         return None if recipe.ref is None else reference_recipe(recipe)
-    if recipe.ref_adapter or recipe.ref_load_in_4bit:
-        raise RecipeError(
-            f"--ref {START}: it is the model itself, without settings of its own. Name the model instead."
-        )
+    _require_bare_start(recipe)
     if not (recipe.run or recipe.adapter):
         raise RecipeError(
             f"--ref {START}: there is no adapter to compare the model with and without. Give --run or --adapter, or "
@@ -71,3 +101,10 @@ def _reference(recipe: Recipe) -> Recipe | None:
     first = Path(recipe.run) / run.START_ADAPTER if recipe.run else None
     adapter = str(first) if first and first.is_dir() else None
     return recipe.model_copy(update={"ref": None, "run": None, "adapter": adapter})
+
+
+def _require_bare_start(recipe: Recipe) -> None:
+    if recipe.ref_adapter or recipe.ref_load_in_4bit:
+        raise RecipeError(
+            f"--ref {START}: it is the model itself, without settings of its own. Name the model instead."
+        )

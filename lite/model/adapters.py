@@ -131,6 +131,8 @@ def continued_from(recipe: Recipe) -> Path | None:
     files = ("adapter_config.json", WEIGHTS)
     missing = [f"{folder / name}: no such file" for name in files if not (folder / name).is_file()]
     named = f"adapter = {recipe.adapter!r}" if recipe.adapter else f"run = {recipe.run!r}"
+    if missing and recipe.run and (model := Path(recipe.run) / "model").is_dir():
+        raise ModelError(f"{named}: this run trained whole weights and left no adapter. Go on from --model {model}.")
     if missing and recipe.run and (Path(recipe.run) / "checkpoints").is_dir():
         raise ModelError(f"{named}: this run has not finished. Let it: `lite resume {recipe.run}`.")
     raise_collected(

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from lite.data.batches import plan_batches
 from lite.data.packing import pack_sizes
@@ -21,11 +20,11 @@ from lite.data.packs import Batch, Layout
 from lite.data.prepare import Prepared
 from lite.engine import step
 from lite.engine.layout import TOKENS_PER_PACK
-from lite.engine.optimizer import optimizer
+from lite.engine.optimizer import clip, optimizer
 from lite.errors import RecipeError
 from lite.memory import marks
 from lite.memory.meter import CUDA_GRANULE
-from lite.model import adapters, load
+from lite.model import load, trained
 from lite.model.rotary import regimes
 from lite.plan import dry_run
 from lite.profile.clock import Clock
@@ -69,7 +68,7 @@ def profile(
         raise RecipeError(f"output_dir = {recipe.output_dir}: that is for a run. A profile goes where --output says.")
     progress = progress or Quiet()
     with failures.told(progress), ExitStack() as open_until:
-        recipe = adapters.settle(recipe)
+        recipe = trained.settle(recipe)
         tokenizer, data = read(recipe, progress)
         # Of all rows, as the run's own plan. Whether it fits is what a profile finds out.
         recipe, plan = plan_run(recipe, data, planned_steps(recipe, data), progress, go_on=True)
@@ -165,7 +164,7 @@ def _step(work: Work, batches: Batches, index: int, update: torch.optim.Optimize
         step.backward(work.model, batch, work.objective, work.path)
         marks.phase("update")
         if work.recipe.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(_trained(work), work.recipe.max_grad_norm)
+            clip(update, work.model.parameters(), work.recipe.max_grad_norm)
         update.step()
         update.zero_grad()
         marks.phase("idle")
@@ -206,10 +205,6 @@ def _bytes(timeline: Timeline) -> dict[str, Any]:
         "peaks": dict(timeline.peaks),
         "host_bytes": timeline.top["host"],
     }
-
-
-def _trained(work: Work) -> list[Tensor]:
-    return [parameter for parameter in work.model.parameters() if parameter.requires_grad]
 
 
 def _largest(batch: Batch) -> int:

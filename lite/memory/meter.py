@@ -42,6 +42,7 @@ class Meter(TorchDispatchMode):
         self.parts: Counter[str] = Counter()  # live bytes on the device, by part
         self.at_top: Counter[str] = Counter()  # the same at the peak
         self.static: Counter[str] = Counter()  # the same where the step begins
+        self.largest: Counter[str] = Counter()  # bytes of the largest tensor that was made, by the part it was made as
         self.phase_at_top = "idle"
         self._known: dict[int, tuple[int, str, str, Any]] = {}
 
@@ -70,7 +71,7 @@ class Meter(TorchDispatchMode):
     def begin(self) -> None:
         """Forget peaks and trace: what is live now is what a step starts from."""
         self.top, self.peaks, self.at_top = dict(self.live), Counter(), Counter(self.parts)
-        self.static = Counter(self.parts)
+        self.static, self.largest = Counter(self.parts), Counter()
         if self.trace is not None:
             self.trace.clear()
 
@@ -112,6 +113,7 @@ class Meter(TorchDispatchMode):
         self.live[place] += size
         if place == "device":
             self.parts[part] += size
+            self.largest[part] = max(self.largest[part], size)
             self._touch(0)
         else:
             self.top["host"] = max(self.top["host"], self.live["host"])

@@ -75,6 +75,7 @@ def test_parts_are_of_the_phase_or_of_what_they_are_held_as(device: torch.device
     assert +meter.at_top == {"weights": 12, "gradients": 20, "backward": 8}
     assert meter.phase_at_top == "backward"
     assert (meter.peaks["forward"], meter.peaks["backward"]) == (32, 40)
+    assert meter.largest == {"forward": 20, "backward": 8}
     del kept, more
     assert +meter.parts == {"weights": 12}
 

@@ -15,8 +15,9 @@ from lite.engine.objective import Objective
 from lite.engine.scalars import Scalars
 from lite.memory import marks
 from lite.memory.levers import Levers, pull
-from lite.model import adapters, load
+from lite.model import load, trained
 from lite.model.attention import install
+from lite.model.head import unwrapped
 from lite.plan import dry_run, lengths, skeleton
 from lite.plan.cards import CARDS, CONTEXT_BYTES, FRAGMENTATION
 from lite.plan.cost import Cost
@@ -46,14 +47,13 @@ def written(tmp_path_factory: pytest.TempPathFactory):
 
 
 def recipe_of(folder: Path, **settings: object) -> Recipe:
-    return Recipe(
-        **{"model": str(folder), "device": "cpu", "dtype": "float32", "lora_r": 4, "chunk_tokens": 16, **settings}
-    )
+    rank = {} if "full" in settings or "galore" in settings else {"lora_r": 4}
+    return Recipe(**{"model": str(folder), "device": "cpu", "dtype": "float32", "chunk_tokens": 16, **rank, **settings})
 
 
 def real(recipe: Recipe, levers: Levers):
     """The model as a run loads it."""
-    model = adapters.attach(load.load_model(recipe, host_layers=levers.layers_on_host), recipe).train()
+    model = trained.attach(load.load_model(recipe, host_layers=levers.layers_on_host), recipe).train()
     install(model)
     pull(model, levers)
     return model
@@ -67,16 +67,18 @@ def bare(recipe: Recipe, levers: Levers):
     return model
 
 
-def metered(model, recipe: Recipe, rows: Lengths = ROWS) -> Account:
-    """One step under the meter, its operators traced."""
-    device = torch.device(model.get_base_model().get_output_embeddings().weight.device)
-    layout = replace(layout_of(recipe, model), tokens_per_pack=rows.batch_tokens)
+def metered(
+    model, recipe: Recipe, rows: Lengths = ROWS, *, later: bool = False, packs: int = 1, kind: type[Account] = Account
+) -> Account:
+    """One step under the meter, its operators traced: of all rows in so many packs; later: after another pack."""
+    device = torch.device(unwrapped(model).get_output_embeddings().weight.device)
+    layout = replace(layout_of(recipe, model), tokens_per_pack=rows.batch_tokens // packs)
     batch = placed(batch_of(rows, layout, rows.batch_tokens), device)
     scalars = Scalars.of(recipe, device)
     objective = Objective.of(recipe.signature, recipe.hyperparameters, scalars.values)
-    meter = Account(Cost(CARDS["rtx-4090"], 1), words=dry_run.words_of(model), trace=True)
+    meter = kind(Cost(CARDS["rtx-4090"], 1), words=dry_run.words_of(model), trace=True)
     with meta_stands_for("cpu"), marks.watching(meter), dry_run._meta_optimizers():
-        dry_run.run(model, batch, recipe, path_of(recipe), objective, scalars, meter)
+        dry_run.run(model, batch, recipe, path_of(recipe), objective, scalars, meter, later=later)
     return meter
 
 

@@ -13,7 +13,7 @@ from lite.optim.moments import Adam, Moments, States
 from lite.optim.subspace import Projection
 
 FIRST_STEPS = 8  # over which all matrices find their first subspace; until then it is random
-STANDS_STILL = 0.4  # of a new subspace in the old one, from which on the next refresh waits longer: Q-GaLore's bound
+STANDS_STILL = 0.4  # of a new subspace in the old one, beyond chance, from which on a refresh waits: Q-GaLore's bound
 
 
 @dataclass(frozen=True)

@@ -51,8 +51,13 @@ def normal(
 
 
 def overlap(one: Tensor, other: Tensor) -> Tensor:
-    """How much of a subspace another holds: ‖P₁ᵀP₂‖² / r, () fp32; 1 if they are the same, about r/m by chance."""
-    return (one.float().t() @ other.float()).square().sum() / one.shape[1]
+    """How much of a subspace another holds, beyond chance, () fp32: 1 if they are the same, on average 0 of random ones.
+
+    With s = ‖P₁ᵀP₂‖² / r, of which chance alone gives r/m: (s − r/m) / (1 − r/m).
+    """
+    short, rank = one.shape
+    chance = rank / short
+    return ((one.float().t() @ other.float()).square().sum() / rank - chance) / (1 - chance)
 
 
 def rotated(first: Tensor, second: Tensor, old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from lite.optim import subspace
 from lite.optim.galore import GaLore
 from lite.optim.linear import trained_linear
 from lite.optim.matrix import Matrix
-from lite.optim.projected import STANDS_STILL, Subspaces
+from lite.optim.projected import Subspaces
 from tests.optim.fed import CPU, normal
 from tests.optim.net import ADAM, Net, adamw, galore, small, train
 
@@ -162,13 +162,12 @@ def test_not_staggered_all_are_looked_for_at_once_as_galore_torch_does():
 
 
 def test_adaptive_waits_twice_as_long_only_where_the_subspace_stands_still():
-    """Rank 2 of 6; gradients in one plane: refreshes 4, 8, 16 steps apart. Others are by chance 1/3 the same."""
+    """Rank 2 of 6; gradients in one plane: refreshes 4, 8, 16 steps apart."""
     settings = small(rank=2, update_interval=4, adaptive=True, staggered=False, projection="svd")
     assert refreshed(settings, 30, still=True) == [[1, 5, 13, 29]] * 3
     moving = refreshed(Subspaces(**{**vars(settings), "rank": 1}), 30)
     plain = refreshed(small(rank=1, update_interval=4, adaptive=False, staggered=False), 30)
     assert plain == [[1, 5, 9, 13, 17, 21, 25, 29]] * 3
-    assert STANDS_STILL > 1 / 6
     assert any(steps != [1, 5, 13, 29] for steps in moving)
 
 

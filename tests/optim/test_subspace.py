@@ -101,10 +101,17 @@ def test_a_sketch_is_as_wide_as_the_gradient_at_most():
 
 
 def test_overlap_by_hand():
-    """Planes of axes (1, 2) and (2, 3) share one direction of two."""
+    """In four dimensions two planes share half by chance: those of axes (1, 2) and (2, 3) do; others all, or nothing."""
     eye = torch.eye(4)
-    assert subspace.overlap(eye[:, :2], eye[:, 1:3]).item() == 0.5
-    assert subspace.overlap(eye[:, :2], eye[:, 2:]).item() == 0.0
+    assert subspace.overlap(eye[:, :2], eye[:, :2]).item() == 1.0
+    assert subspace.overlap(eye[:, :2], eye[:, 1:3]).item() == 0.0
+    assert subspace.overlap(eye[:, :2], eye[:, 2:]).item() == -1.0
+
+
+def test_random_subspaces_overlap_by_nothing_on_average():
+    draws = [subspace.at_random(20, 8, torch.device("cpu"), torch.Generator().manual_seed(seed)) for seed in range(60)]
+    found = torch.stack([subspace.overlap(one, other) for one, other in zip(draws[::2], draws[1::2], strict=True)])
+    assert abs(found.mean().item()) < 4 * found.std().item() / 30**0.5
 
 
 def test_a_plane_turned_in_itself_by_hand():

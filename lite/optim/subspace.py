@@ -51,7 +51,7 @@ def normal(
 
 
 def overlap(one: Tensor, other: Tensor) -> Tensor:
-    """How much of a subspace another holds, beyond chance, () fp32: 1 if they are the same, on average 0 of random ones.
+    """How much of a subspace another holds, beyond chance, () fp32: 1 of the same, on average 0 of random ones.
 
     With s = ‖P₁ᵀP₂‖² / r, of which chance alone gives r/m: (s − r/m) / (1 − r/m).
     """

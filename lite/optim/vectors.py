@@ -3,7 +3,8 @@
 Norms' weights, biases, a loss's own numbers. A sum in bf16 would lose the later packs, and most of an update.
 """
 
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ class Vectors:
         self._hooked = hooks
         self._sums: dict[int, Tensor] = {}
         self._handles = [
-            parameter.register_post_accumulate_grad_hook(lambda p, index=index: self._take(index, p))
+            parameter.register_post_accumulate_grad_hook(_taken_by(weakref.ref(self), index))
             for index, parameter in enumerate(self.parameters if hooks else [])
         ]
 
@@ -66,6 +67,16 @@ class Vectors:
             self._sums[index].add_(gradient)
         else:
             self._sums[index] = gradient.to(exact(gradient.dtype))
+
+
+def _taken_by(vectors: weakref.ref[Vectors], index: int) -> Callable[[Tensor], None]:
+    """The hook of a parameter. Not of an optimizer that is gone, for another may have its parameters by then."""
+
+    def take(parameter: Tensor) -> None:
+        if (owner := vectors()) is not None:
+            owner._take(index, parameter)
+
+    return take
 
 
 def exact(dtype: torch.dtype) -> torch.dtype:

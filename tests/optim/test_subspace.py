@@ -101,7 +101,7 @@ def test_a_sketch_is_as_wide_as_the_gradient_at_most():
 
 
 def test_overlap_by_hand():
-    """In four dimensions two planes share half by chance: those of axes (1, 2) and (2, 3) do; others all, or nothing."""
+    """In four dimensions two planes share half by chance, as those of axes (1, 2) and (2, 3) do."""
     eye = torch.eye(4)
     assert subspace.overlap(eye[:, :2], eye[:, :2]).item() == 1.0
     assert subspace.overlap(eye[:, :2], eye[:, 1:3]).item() == 0.0

@@ -10,6 +10,8 @@ from lite.cli import main
 from lite.recipe import planned_settings
 from tests.tiny import write_world
 
+SETTLED = ("--max-length", "64", "--tokens-per-pack", "256", "--recompute-layers", "0", "--quick")  # no search
+
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -51,6 +53,27 @@ def test_14b_on_24_gb_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert "longest pair  4,064 tokens (assumed, as long as --max-length allows)" in page
     assert "train     lite orpo --model qwen-14b --4bit --vram 24GB --max-length 2048 --batch-size 1\n" in page
     assert "running steps of a few layers" in said
+
+
+def test_every_weight(small: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The header names what is trained and how; weights are not called frozen; in JSON no adapter takes a byte."""
+    typed = ("--model", small, "--galore", "--galore-rank", "32", "--vram", "24GB", *SETTLED)
+    page, _ = planned(capsys, *typed)
+    assert ", bfloat16, orpo, GaLore r=32, 8-bit states, on rtx-4090" in page
+    assert "frozen" not in page
+    eight = json.loads(planned(capsys, *typed, "--int8-weights", "--json")[0])
+    matrices, vectors = 2 * 256 * (4 * 256 + 3 * 512), 2 * (2 * 256 + 3 * 256)  # a byte, and 4 for every 128; two
+    assert eight["weights"]["layers"] == matrices * (1 + 4 / 128) + 2 * vectors
+    assert (eight["parts"]["adapters"], eight["parts"]["projections"] > 0) == (0, True)
+
+
+def test_full_training_by_adamw_needs_fp32(small: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Else it is refused as a run would be."""
+    assert main(["plan", "orpo", "--model", small, "--full", "--vram", "24GB"]) == 2
+    assert "--dtype float32" in capsys.readouterr().err
+    typed = ("--model", small, "--full", "--vram", "24GB", "--dtype", "float32", *SETTLED)
+    page, _ = planned(capsys, *typed, "--optimizer", "galore-torch")
+    assert ", float32, orpo, every weight, galore-torch r=128, on" in page
 
 
 def test_json_is_all_of_stdout(small: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -62,7 +62,8 @@ def test_every_weight(small: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert ", bfloat16, orpo, GaLore r=32, 8-bit states, on rtx-4090" in page
     assert "frozen" not in page
     eight = json.loads(planned(capsys, *typed, "--int8-weights", "--json")[0])
-    matrices, vectors = 2 * 256 * (4 * 256 + 3 * 512), 2 * (2 * 256 + 3 * 256)  # a byte, and 4 for every 128; two
+    # Of two layers: a byte and a 128th of 4 for a weight, 2 for what is no matrix.
+    matrices, vectors = 2 * 256 * (2 * 256 + 2 * 128 + 3 * 512), 2 * (2 * 256 + 256 + 2 * 128)
     assert eight["weights"]["layers"] == matrices * (1 + 4 / 128) + 2 * vectors
     assert (eight["parts"]["adapters"], eight["parts"]["projections"] > 0) == (0, True)
 

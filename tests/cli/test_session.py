@@ -92,3 +92,13 @@ def test_what_to_type_next_is_of_this_run(tmp_path: Path) -> None:
     assert f"lite export {tmp_path} --to gguf" in export
     same = "--model tiny --loss dpo:1.0,sft:0.2 --ref other --dpo.beta 0.3 --dpo.length-normalised"
     assert train_on == f"train on  lite dpo {same} --run {tmp_path} --data MORE.jsonl"
+
+
+def test_what_to_type_next_of_whole_weights(tmp_path: Path) -> None:
+    """No merge; training on is by the model that was left, and in the same way."""
+    recipe = Recipe(galore=True, int8_weights=True, model="tiny", data="more.jsonl")
+    model, judged, _, export, train_on = session.following(Run(tmp_path, recipe, {"eval_after": {}}))
+    assert model.endswith(str(tmp_path / "model"))
+    assert judged == f"judge it  lite score --run {tmp_path} --data more.jsonl"
+    assert export == f"export    lite export {tmp_path} --to gguf --type q4_k_m"
+    assert train_on == f"train on  lite orpo --model {tmp_path}/model --galore --int8-weights --data MORE.jsonl"

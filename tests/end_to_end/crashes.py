@@ -45,7 +45,8 @@ def main(folder: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
         delay_s = draw.uniform(0, after_set_up_s)
         name = f"after {number + 1} of {TIMED} random delays"
         outcomes[name] = attempt(folder / f"timed-{number}", settings, reference, kill_after_s=delay_s)
-    for name, arm in DEATHS.items():
+    deaths = DEATHS | ({"in half a model": in_half_a_model} if settings.get("galore") else {})
+    for name, arm in deaths.items():
         outcomes[name] = attempt(folder / name.replace(" ", "-"), settings, reference, arm=arm)
     for name, number in {"SIGINT": signal.SIGINT, "SIGTERM": signal.SIGTERM}.items():
         outcomes[name] = attempt(folder / name, settings, reference, ask=number)
@@ -77,7 +78,8 @@ def attempt(
         "finished": (folder / "result.json").exists(),
         "resumed": ended(fork(lambda: resume(folder))),
     }
-    files = ("adapter/adapter_model.safetensors", "metrics.jsonl", "samples.json")
+    weights = "model/model.safetensors" if settings.get("galore") else "adapter/adapter_model.safetensors"
+    files = (weights, "metrics.jsonl", "samples.json")
     found["different"] = [name for name in files if not same(folder / name, reference / name)]
     found["left"] = sorted(path.name for path in (folder / "checkpoints").iterdir())
     return found
@@ -182,6 +184,18 @@ def after_the_rename() -> None:
             die()
 
     os.replace = dying
+
+
+def in_half_a_model() -> None:
+    """The result's weights are written, and nothing else of it."""
+    write = Path.write_text
+
+    def dying(path: Path, *given: Any, **named: Any) -> int:
+        if path.name == "config.json" and ".unfinished-model" in str(path):
+            die()
+        return write(path, *given, **named)
+
+    Path.write_text = dying
 
 
 def in_the_pruning() -> None:

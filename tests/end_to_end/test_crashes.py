@@ -1,4 +1,4 @@
-"""A run that was killed, whenever, and resumed, leaves the adapter, metrics and samples of one that was left alone."""
+"""A run that was killed, whenever, and resumed, leaves the weights, metrics and samples of one that was left alone."""
 
 import json
 import os
@@ -13,17 +13,24 @@ from tests.tiny import tiny_settings
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def outcomes(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+@pytest.fixture(scope="module", params=["adapter", "galore"])
+def outcomes(request: pytest.FixtureRequest, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     """All ways to die, tried in one process: it takes seconds to import what a run needs.
 
     All that a run has to remember is in it: dropout draws random numbers in every step, the loss has a trained number
-    and a reference that is refreshed; lines, evaluations, refreshes and checkpoints fall on different steps.
+    and a reference that is refreshed; lines, evaluations, refreshes and checkpoints fall on different steps. Of whole
+    weights, updates wait beside them, and rounding draws random numbers.
     """
     folder = tmp_path_factory.mktemp("crashes")
-    twelve_steps = {"num_train_epochs": 2.4, "lora_dropout": 0.1, "logging_steps": 2, "eval_steps": 5}
+    twelve_steps = {"num_train_epochs": 2.4, "logging_steps": 2, "eval_steps": 5}
     compared = {"method": "gamma_dpo", "refresh_reference": 4, "cache": str(folder / "cache")}
     settings = tiny_settings(tiny, **twelve_steps, **compared)
+    if request.param == "adapter":
+        settings["lora_dropout"] = 0.1
+    else:
+        del settings["lora_r"]
+        settings |= {"galore": True, "galore_rank": 8, "galore_update_interval": 5, "int8_weights": True}
+        settings |= {"galore_merge": "refresh", "galore_states": "bfloat16"}
     (folder / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
     program = Path(__file__).with_name("crashes.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
@@ -48,6 +55,7 @@ def test_they_did_die(outcomes: dict[str, dict]) -> None:
     assert len(killed) >= 10
     assert any(not found["had"] for found in killed)
     assert any("checkpoint-3" in found["had"] for found in killed)
+    assert outcomes.get("in half a model", killed[0])["ended"] == -9
 
 
 @pytest.mark.parametrize(

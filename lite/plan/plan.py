@@ -25,6 +25,7 @@ PLENTY = 0.5  # of the budget: where a few layers tell of no more, the whole mod
 PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "working", "logits", "dequantised")
 QUANTISED_A_SECOND = 25e6  # weights, by bitsandbytes on two cores; a checkpoint that is quantised already needs none
 NF4_BITS = 4.127  # a weight, its scales quantised again
+BLOCKS_BITS = 8.25  # a weight in eight bits with a scale for every 128
 CONFIRMATIONS = 3  # whole runs at most, each with a layer more recomputed, before the least hungry settings are taken
 
 
@@ -75,6 +76,13 @@ class Plan:
         on_cpu = self.settings.levers.layers_on_host and (self.recipe.load_in_4bit or self.recipe.load_in_8bit)
         weights = self.weights["layers"] * (8 / NF4_BITS if self.recipe.load_in_4bit else 1)
         return weights / QUANTISED_A_SECOND if on_cpu else 0.0
+
+    @property
+    def loading_host_bytes(self) -> float:
+        """Of loading, what passes through host memory at once: all weights, where the blocks' become eight bits; or 0."""
+        if not self.recipe.int8_weights or self.target.device_type == "cpu":
+            return 0.0
+        return sum(self.weights.values()) + self.weights["layers"] * (16 / BLOCKS_BITS - 1)
 
     @property
     def training_seconds(self) -> float | None:

@@ -79,7 +79,7 @@ class Plan:
 
     @property
     def loading_host_bytes(self) -> float:
-        """Of loading, what passes through host memory at once: all weights, where the blocks' become eight bits; or 0."""
+        """What passes through host memory at once while loading: all weights, where the blocks become eight bits."""
         if not self.recipe.int8_weights or self.target.device_type == "cpu":
             return 0.0
         return sum(self.weights.values()) + self.weights["layers"] * (16 / BLOCKS_BITS - 1)

@@ -77,7 +77,8 @@ class GaLore(torch.optim.Optimizer):
     def norm(self) -> Tensor:
         """√(Σ ‖PᵀG‖² + Σ ‖g‖²), (), without waiting for the device: the norm of what is clipped.
 
-        G counts as its subspace sees it, about 0.8 of the true norm; at refreshes `told` has both.
+        G counts as its subspace sees it, about 0.8 of the true norm; at refreshes `told` has both. Subspaces that are
+        due by `svd` or `eigh` are turned first, which waits: the step sees these gradients in the new ones.
         """
         for one in self.projected:
             one.turn_by_gradient()
@@ -105,8 +106,7 @@ class GaLore(torch.optim.Optimizer):
         for matrix, moments in zip(self.small, self._of_small, strict=True):
             if matrix.gradient is not None:
                 group = groups["small matrices"]
-                first, second = moments.read()
-                change = self.adam.direction(first, second, matrix.gradient * self._coefficient, self.steps)
+                change = moments.step(self.adam, matrix.gradient * self._coefficient, self.steps, None)
                 decay = 1 - group["lr"] * group["weight_decay"]
                 matrix.update(change.mul_(-group["lr"]), decay, self._draws.rounding(matrix.weight.device))
         if "vectors" in groups:
@@ -140,7 +140,9 @@ class GaLore(torch.optim.Optimizer):
     def merge(self) -> None:
         """Round all updates that wait into the weights."""
         for one in self.projected:
-            one.matrix.merge(self._draws.rounding(one.matrix.weight.device))
+            # Draws of its own: the step that follows may be taken again, and then draws what it would have.
+            weight = one.matrix.weight
+            one.matrix.merge(self._draws.of(weight.device, "merge", self.steps, one.index))
 
     def state_dict(self) -> dict[str, Any]:
         """All that a step depends on beside the weights; the optimizer's own tensors."""

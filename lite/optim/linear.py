@@ -18,7 +18,10 @@ def trained_linear(x: Tensor, matrix: Matrix, bias: Tensor | None = None) -> Ten
 
 
 def trained_embedding(ids: Tensor, matrix: Matrix) -> Tensor:
-    """Row ids of W, (…, D) in the weight's dtype; backward gives `matrix` the rows that came back."""
+    """Row ids of W, (…, D) in the weight's dtype; backward gives `matrix` the rows that came back.
+
+    A padding word is trained as any other: packs have none, and where it ends a turn as well it must be.
+    """
     return _Embedding.apply(ids, matrix.anchor, matrix)
 
 

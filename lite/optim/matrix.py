@@ -21,7 +21,7 @@ from lite.optim import int8
 from lite.optim.rounding import to_bfloat16
 
 CHUNK = 4 * 2**20  # weights that are updated at once: they stay in a CPU's cache
-CHUNK_ON_CUDA = 32 * 2**20  # each chunk is a dozen kernels to start
+CHUNK_ON_CUDA = 8 * 2**20  # each chunk is some twenty kernels to start, and takes 20 bytes a weight meanwhile
 Gathers = Literal["sketch", "whole"]
 
 
@@ -71,8 +71,7 @@ class Matrix:
         del weight  # of dequantised ones, before anything else is made
         if self.pending is not None:
             left, right = self._waiting(x.dtype)
-            result = result.mul_(self.kept) if bias is None and self.kept != 1.0 else result
-            result.addmm_(x @ right.t(), left.t())
+            result.addmm_(x @ right.t(), left.t(), beta=self.kept if bias is None else 1.0)
         return result
 
     def back(self, grad: Tensor) -> Tensor:
@@ -80,7 +79,7 @@ class Matrix:
         result = torch.mm(grad, self._stored(grad.dtype))
         if self.pending is not None:
             left, right = self._waiting(grad.dtype)
-            result.mul_(self.kept).addmm_(grad @ left, right)
+            result.addmm_(grad @ left, right, beta=self.kept)
         return result
 
     def gather(self, what: Gathers, draw: Callable[[], Tensor] | None = None) -> None:
@@ -161,14 +160,14 @@ class Matrix:
         exact = self._stored_rows(start, stop)
         if self.pending is not None:
             left, right = self._factors(self.pending, start, stop)
-            exact.mul_(self.kept).addmm_(left, right)
+            exact.addmm_(left, right, beta=self.kept)
         return exact
 
     def _omega(self, dtype: torch.dtype) -> Tensor:
         if self._directions is None:
             assert self._draw is not None
             self._directions = self._draw().to(dtype)
-        return self._directions
+        return self._directions.to(dtype)
 
     def _projected(self, short: Tensor) -> Tensor:
         return short if self.basis is None else short @ self.basis.to(short.dtype)

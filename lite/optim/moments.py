@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from bitsandbytes.functional import create_dynamic_map
-from torch import Tensor
+from torch import Tensor, nn
 
 from lite.optim.rounding import to_bfloat16
 
@@ -56,8 +56,15 @@ class Moments:
         """First and second moments in `exact`; where they are stored so, these are the stored ones themselves."""
         return self._read("first"), self._read("second")
 
+    def step(self, adam: Adam, gradient: Tensor, steps: int, generator: torch.Generator | None) -> Tensor:
+        """Adam's direction at step `steps`, in `exact`, with the moments brought up to date."""
+        first, second = self.read()
+        direction = adam.direction(first, second, gradient, steps)
+        self.write(first, second, generator)
+        return direction
+
     def write(self, first: Tensor, second: Tensor, generator: torch.Generator | None) -> None:
-        """Store both (overwritten). bf16 is rounded stochastically: at β₂ = 0.999 nearest would stand still."""
+        """Store both; bf16 and eight bits are rounded stochastically: at β₂ = 0.999 nearest would stand still."""
         for name, value in (("first", first), ("second", second)):
             stored = self.tensors[name]
             if self.states == "float32":
@@ -66,7 +73,7 @@ class Moments:
             elif self.states == "bfloat16":
                 stored.copy_(to_bfloat16(value.to(torch.float32), generator))
             else:
-                codes, scale = _quantised(value.to(torch.float32), _map(name, value.device))
+                codes, scale = _quantised(value.to(torch.float32), _map(name, value.device), generator)
                 # The first moment goes down to smaller numbers than the second's root: above a 0 it would fly.
                 stored.copy_(codes.view(self.shape).clamp_(min=0 if name == "first" else 1))
                 self.tensors[f"{name}_scale"].copy_(scale)
@@ -85,19 +92,22 @@ class Moments:
         return value.to(self.exact)
 
 
-SMALL = 1e-4  # of a block's largest: below, bitsandbytes 0.50.2 has no codes on a CPU, and makes of a zero 2e-5
+def _quantised(value: Tensor, values: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """Codes (count,) of value / its block's largest, and the largest of each block (blocks,); a neighbour by chance.
 
-
-def _quantised(value: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest of `code`'s values to each number beside its block's largest, flat or as it was, and the largest."""
-    codes, scale = torch.ops.bitsandbytes.quantize_blockwise.default(value, code, BLOCK)
-    if value.device.type == "cpu":
-        # A moment of nothing would otherwise grow, and all with the same sign.
-        flat = value.view(-1)
-        small = (flat.abs() < SMALL * scale.repeat_interleave(BLOCK)[: len(flat)]).nonzero()[:, 0]
-        part = flat[small] / scale[small // BLOCK]
-        codes.view(-1)[small] = torch.bucketize(part, (code[1:] + code[:-1]) / 2, out_int32=True).to(torch.uint8)
-    return codes, scale
+    values (256,), ascending: what the codes stand for. bitsandbytes' own quantiser rounds to nearest.
+    """
+    flat = value.reshape(-1)
+    blocks = nn.functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
+    scale = blocks.abs().amax(1)
+    part = (blocks / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).view(-1)[: len(flat)]
+    below = torch.bucketize(part, values, out_int32=True, right=True).sub_(1).clamp_(0, len(values) - 2)
+    lower, upper = values.index_select(0, below), values.index_select(0, below + 1)
+    chance = part.sub_(lower).div_(upper.sub_(lower))
+    noise = torch.empty_like(chance)
+    if not noise.is_meta:
+        noise.uniform_(generator=generator)
+    return below.add_(noise < chance).to(torch.uint8), scale
 
 
 _MAPS: dict[tuple[bool, str], Tensor] = {}

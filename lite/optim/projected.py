@@ -61,7 +61,7 @@ class Projected:
     def prepare(self, steps: int) -> None:
         """Gather what the next refresh needs, if it is of the step after `steps`.
 
-        Or was due before, at a step in which the matrix had no gradient.
+        Or was due before, at a step in which the matrix had no gradient, or one of zeros.
         """
         settings, ahead = self.settings, self.due - (steps + 1)
         self.squares = None
@@ -75,8 +75,8 @@ class Projected:
         matrix, gradient = self.matrix, self.matrix.gathered
         if self.settings.projection not in ("svd", "eigh") or gradient is None:
             return
-        if not gradient.is_meta and not gradient.isfinite().all():
-            return  # it has no singular vectors; whoever looks at the norm will see why
+        if not _has_directions(gradient):
+            return
         seen = matrix.gradient
         self._turn(subspace.from_gradient(gradient, self.settings.rank, self.settings.projection))
         self.squares = seen.square().sum(), gradient.square().sum()
@@ -87,14 +87,13 @@ class Projected:
         matrix = self.matrix
         generator = self._draws.rounding(matrix.weight.device)
         if matrix.gradient is not None:
-            first, second = self.moments.read()
-            change = adam.direction(first, second, matrix.gradient * coefficient, steps)
-            self.moments.write(first, second, generator)
+            change = self.moments.step(adam, matrix.gradient * coefficient, steps, generator)
             change.mul_(-rate * self.settings.scale)
             if self.settings.merge_at_refresh and matrix.waits:
                 matrix.wait(change, 1 - rate * weight_decay)
             else:
                 matrix.update(change, 1 - rate * weight_decay, generator)
+            del change  # before the refresh
         if self.settings.projection == "random" and steps >= self.due:
             drawn = self._draws.of(matrix.weight.device, "basis", self.index, self.refreshes)
             self._turn(subspace.at_random(matrix.short, self.settings.rank, matrix.weight.device, drawn))
@@ -129,8 +128,9 @@ class Projected:
             self.squares = matrix.gradient.square().sum(), sketch.square().sum() / sketch.shape[1]
         if self._summed is not None:
             sketch = sketch.add_(self._summed)
+        turns = steps >= self.due and _has_directions(sketch)
         self._summed = None if steps >= self.due else sketch
-        if steps >= self.due:
+        if turns:
             self._turn(subspace.from_sketch(sketch, self.settings.rank))
 
     def _turn(self, new: Tensor) -> None:
@@ -152,3 +152,11 @@ class Projected:
         width = subspace.sketch_width(self.settings.rank, matrix.short)
         drawn = self._draws.of(matrix.weight.device, "sketch", self.index, self.refreshes)
         return subspace.normal((matrix.long, width), matrix.exact, matrix.weight.device, drawn)
+
+
+def _has_directions(gathered: Tensor) -> bool:
+    """Whether a sketch or a gradient is neither of zeros, whose subspace would be any, nor of NaN, which has none.
+
+    Waits for the device, as the decomposition that follows does anyway.
+    """
+    return gathered.is_meta or 0 < float(torch.linalg.vector_norm(gathered)) < float("inf")

@@ -22,12 +22,15 @@ def sketch_width(rank: int, short: int) -> int:
 
 
 def from_sketch(sketch: Tensor, rank: int) -> Tensor:
-    """P (m, r): the first left singular vectors of Y (m, s) in fp32.
+    """P (m, r): the first left singular vectors of Y (m, s).
 
-    By QR and the SVD of its small factor: the first r columns of Q alone would waste the oversampling.
+    By QR and those of its small factor, eigenvectors in fp64 of what it is squared: the first r columns of Q alone
+    would waste the oversampling.
     """
     q, small = torch.linalg.qr(sketch)
-    return q @ torch.linalg.svd(small).U[:, :rank]
+    small = small.double()
+    turn = torch.linalg.eigh(small @ small.t()).eigenvectors[:, -rank:].flip(1)
+    return q @ turn.to(q.dtype)
 
 
 def from_gradient(gradient: Tensor, rank: int, how: Literal["svd", "eigh"]) -> Tensor:

@@ -51,9 +51,7 @@ class Vectors:
             gradient = self._sums.get(index) if self._hooked else parameter.grad
             if gradient is None:
                 continue
-            first, second = moments.read()
-            direction = adam.direction(first, second, gradient * coefficient, steps)
-            moments.write(first, second, None)
+            direction = moments.step(adam, gradient * coefficient, steps, None)
             if parameter.dtype == direction.dtype:
                 parameter.sub_(direction, alpha=rate)
             else:

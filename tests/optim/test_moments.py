@@ -56,7 +56,7 @@ def test_bytes_a_number(states: States):
     assert held / (16 * 256) == {"float32": 8, "bfloat16": 4, "8bit": 2 + 2 * 4 / BLOCK}[states]
 
 
-@pytest.mark.parametrize(("states", "bound"), [("bfloat16", 0.02), ("8bit", 0.05)])
+@pytest.mark.parametrize(("states", "bound"), [("bfloat16", 0.02), ("8bit", 0.08)])
 def test_few_bits_lead_close_to_fp32_over_many_steps(states: States, bound: float):
     """200 steps: the relative error of a direction, and of all that they add up to, which is smaller: it averages."""
     found = gradients(200)
@@ -109,23 +109,29 @@ def test_restored_bit_for_bit(states: States):
         assert torch.equal(a, b)
 
 
-def test_eight_bits_are_the_nearest_of_their_map():
+def test_eight_bits_are_a_neighbour_in_their_map_and_on_average_the_number():
     """From the largest down to nothing, of either sign; of the second moment nothing is below the smallest code."""
     size = torch.logspace(0, -9, 3 * BLOCK + 10)
     first, second = size * torch.tensor([1.0, -1.0]).repeat(len(size) // 2), size.clone()
     first[7] = second[7] = 0.0
     moments = Moments((1, len(size)), "8bit", torch.float32, CPU)
-    moments.write(first[None].clone(), second[None].clone(), None)
+    sums = [torch.zeros(len(size)), torch.zeros(len(size))]
+    for seed in range(400):
+        moments.write(first[None].clone(), second[None].clone(), draws(seed))
+        sums = [total + value[0] / 400 for total, value in zip(sums, moments.read(), strict=True)]
     zero = Moments((1, BLOCK), "8bit", torch.float32, CPU)
     zero.write(torch.zeros(1, BLOCK), torch.zeros(1, BLOCK), None)
     assert all((value == 0).all() for value in zero.read())
     found = moments.read()
-    for exact, value, signed in ((first, found[0][0], True), (second, found[1][0], False)):
+    for exact, value, mean, signed in ((first, found[0][0], sums[0], True), (second, found[1][0], sums[1], False)):
         values = create_dynamic_map(signed=signed)
-        values = values if signed else values[1:]
         scale = torch.cat([b.abs().max().expand(len(b)) for b in exact.split(BLOCK)])
-        nearest = (exact / scale - values[:, None]).abs().amin(0)
-        error = (exact / scale - value / scale).abs()
-        # bitsandbytes' search on a CPU is coarse: now and then it takes the neighbour.
-        assert (error <= nearest + 0.004 * (exact / scale).abs() + 1e-9).all()
+        part = exact / scale
+        above = torch.bucketize(part, values).clamp(1, 255)
+        gap = values[above] - values[above - 1]
+        least = values[0 if signed else 1]
+        assert ((value / scale - part).abs() <= gap * (1 + 1e-4) + 1e-9).all()
+        known = part > least  # all others are held up to the least
+        # Five standard errors of a mean of 400 that are up or down by a part of the gap: at most half of it each.
+        assert ((mean / scale - part).abs() <= 5 * gap / 2 / 400**0.5 + 1e-7)[known].all()
     assert found[0][0, 7] == 0

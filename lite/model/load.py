@@ -23,7 +23,8 @@ from transformers import (
 )
 
 from lite.errors import ModelError, raise_collected
-from lite.model import catalog, int8, matrices, nf4
+from lite.model import catalog, int8, nf4, whole
+from lite.model.eight_bits import EightBits
 from lite.model.layers import decoder_layers
 from lite.model.norms import replace_norms
 from lite.model.weights import move_but_first, weight_bytes
@@ -115,6 +116,7 @@ def load_model(recipe: Recipe, *, host_layers: int = 0) -> PreTrainedModel:
     source, target, dtype = _source(recipe), device(recipe), compute_dtype(recipe)
     config = config_of(recipe)
     commit = _commit(recipe, source, config)
+    require_trainable(recipe, config)
     quantisation = _quantisation(recipe, config, dtype)
     if quantisation is not None:
         with torch.device("meta"), _explained(recipe, recipe.model, "model"):
@@ -127,8 +129,8 @@ def load_model(recipe: Recipe, *, host_layers: int = 0) -> PreTrainedModel:
             revision=commit or recipe.revision,
             trust_remote_code=recipe.trust_remote_code,
             dtype=dtype,
-            device_map={"": torch.device("cpu") if host_layers or recipe.int8_weights else target},
-            quantization_config=quantisation,
+            device_map={"": torch.device("cpu") if host_layers else target},
+            quantization_config=EightBits() if recipe.int8_weights else quantisation,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, together with what is missing
         )
@@ -146,9 +148,6 @@ def load_model(recipe: Recipe, *, host_layers: int = 0) -> PreTrainedModel:
     if host_layers:
         with _explained(recipe, source, "model"):
             move_but_first(model, target, host_layers)
-    if recipe.int8_weights:
-        with _explained(recipe, source, "model"):
-            matrices.to_eight_bits(model, target)
     replace_norms(model)
     steady(model)
     kind = "int8" if recipe.int8_weights else _kind(model, dtype)
@@ -201,8 +200,7 @@ def _explained(recipe: Recipe, source: str, what: str) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        smaller = "" if recipe.load_in_4bit else " --4bit takes a quarter of bf16's memory."
-        raise ModelError(f"{source} does not fit the GPU: {_first_line(error)}.{smaller}") from None
+        raise ModelError(f"{source} does not fit the GPU: {_first_line(error)}.{_smaller(recipe)}") from None
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         if "trust_remote_code" in str(error):
             raise ModelError(
@@ -216,6 +214,14 @@ def _explained(recipe: Recipe, source: str, what: str) -> Iterator[None]:
             "Models behind a licence need `hf auth login` first."
         )
         raise ModelError(f"{source}: its {what} cannot be loaded: {_first_line(error)}{fetched}") from error
+
+
+def _smaller(recipe: Recipe) -> str:
+    """What the same model takes less room with, beside what the recipe has: nothing quantised is trained itself."""
+    if recipe.full:
+        can = recipe.optimizer == "galore" and not recipe.int8_weights
+        return " --int8-weights takes half of bf16's memory." if can else " An adapter on a base in --4bit takes less."
+    return "" if recipe.load_in_4bit else " --4bit takes a quarter of bf16's memory."
 
 
 def _first_line(error: Exception) -> str:
@@ -235,18 +241,28 @@ def _quantisation(recipe: Recipe, config: PreTrainedConfig, dtype: torch.dtype) 
                 bnb_4bit_compute_dtype=dtype,
             )
         return BitsAndBytesConfig(load_in_8bit=True) if recipe.load_in_8bit else None
-    four_bit, eight_bit = present.get("load_in_4bit"), present.get("load_in_8bit")
-    kind = "bitsandbytes 4-bit" if four_bit else "bitsandbytes 8-bit" if eight_bit else present.get("quant_method")
-    if asked and not (four_bit if recipe.load_in_4bit else eight_bit):
+    kind = _by_whom(present)
+    if asked and not present.get("load_in_4bit" if recipe.load_in_4bit else "load_in_8bit"):
         raise ModelError(
             f"{asked}: {recipe.model} is quantised already, as {kind}, and would have to be dequantised first. "
             f"Leave {asked} out to train on it as it is, or take the unquantised model."
         )
     log.info("%s is quantised already (%s) and is loaded as it is", recipe.model, kind)
-    if four_bit:
+    if present.get("load_in_4bit"):
         # A matter of the machine, not of the stored weights.
         config.quantization_config = {**present, "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")}
     return None
+
+
+def require_trainable(recipe: Recipe, config: PreTrainedConfig) -> None:
+    """Raise ModelError, before anything is loaded, if weights are to be trained that are quantised in their files."""
+    present = config.to_dict().get("quantization_config")
+    whole.require_plain(recipe, None if present is None else _by_whom(present))
+
+
+def _by_whom(quantisation: dict) -> str:
+    bits = next((bits for bits in (4, 8) if quantisation.get(f"load_in_{bits}bit")), None)
+    return f"bitsandbytes {bits}-bit" if bits else str(quantisation.get("quant_method"))
 
 
 def require_reach(recipe: Recipe, skeleton: PreTrainedModel) -> None:

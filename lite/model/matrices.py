@@ -7,6 +7,7 @@ through its Matrix from the moment it is loaded, whether it is trained or not.
 from types import MethodType
 
 import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -48,15 +49,37 @@ def feed(layer: nn.Linear | nn.Embedding) -> Matrix:
     return layer.matrix
 
 
+def quantised_already(model: nn.Module) -> str | None:
+    """By whom the weights were quantised before lite could, `bitsandbytes` or another; None if they are plain."""
+    if any(isinstance(module, Linear4bit | Linear8bitLt) for module in model.modules()):
+        return "bitsandbytes"
+    config = getattr(model, "config", None)
+    present = config.to_dict().get("quantization_config") if config is not None else None
+    return None if present is None else str(present.get("quant_method"))
+
+
+def to_be_quantised(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    """The linear layers that eight bits are for, by name. Raises ModelError if there are none, or others quantised."""
+    found = linears(model)
+    asked = f"int8_weights = True: {type(model).__name__}"
+    if quantised_already(model) or not all(layer.weight.is_floating_point() for layer in found.values()):
+        raise ModelError(f"{asked} is quantised already. Take the unquantised model.")
+    if not found:
+        kinds = {type(module).__name__ for layer in decoder_layers(model).values() for module in layer.modules()}
+        raise ModelError(
+            f"{asked} has no plain linear layer in its blocks, and only these take eight bits. Its blocks are made of "
+            f"{', '.join(sorted(kinds))}. Train an adapter: leave out --galore and --int8-weights."
+        )
+    return found
+
+
 @torch.no_grad()
 def to_eight_bits(model: PreTrainedModel, device: torch.device) -> int:
     """Store every linear layer of the blocks in eight bits on `device`, one layer at a time; returns how many.
 
-    All else of the model is moved as it is. Raises ModelError where a layer is quantised otherwise.
+    All else of the model is moved as it is. Raises ModelError as `to_be_quantised` does.
     """
-    found = linears(model)
-    if not found or not all(layer.weight.is_floating_point() for layer in found.values()):
-        raise ModelError("int8_weights = True: the model's layers are quantised already. Take the unquantised model.")
+    found = to_be_quantised(model)
     for layer in found.values():
         codes, scale = int8.quantised(layer.weight.to(device))
         layer.weight = nn.Parameter(codes, requires_grad=False)

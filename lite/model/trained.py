@@ -9,7 +9,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lite.model import adapters, whole, whole_files
+from lite.model import adapters, matrices, whole, whole_files
 from lite.recipe import Recipe
 
 ADAPTER, WHOLE = "adapter", "model"  # folders of a finished run
@@ -20,6 +20,7 @@ def attach(model: PreTrainedModel, recipe: Recipe) -> Trained:
     """The loaded model, ready to train what the recipe says. Raises ModelError where it cannot."""
     if not recipe.full:
         return adapters.attach(model, recipe)
+    whole.require_plain(recipe, matrices.quantised_already(model))
     whole_files.require_plain_names(model)  # or what was trained could not be written
     return whole.attach(model, recipe)
 

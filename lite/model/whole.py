@@ -20,8 +20,18 @@ from lite.recipe import Recipe
 log = logging.getLogger(__name__)
 
 
+def require_plain(recipe: Recipe, quantised: str | None) -> None:
+    """Raise ModelError if the recipe trains weights that were quantised before lite could; by what, or None."""
+    if recipe.full and quantised is not None:
+        flag = "--galore" if recipe.optimizer == "galore" else "--full"
+        raise ModelError(
+            f"model = {recipe.model}: its weights are quantised already, as {quantised}, and {flag} trains the weights "
+            f"themselves. Take the unquantised model, or train an adapter on this one: leave out {flag}."
+        )
+
+
 def attach(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
-    """Let a loaded, frozen model train its own weights as the recipe says; the same model.
+    """Let a loaded, frozen, unquantised model train its own weights as the recipe says; the same model.
 
     Raises ModelError for weights of a kind that is not trained, or in too few bits for the optimizer.
     """
@@ -98,10 +108,11 @@ def _require_known(model: PreTrainedModel, chosen: dict[str, nn.Parameter], laye
 
 
 def largest(model: nn.Module) -> Tensor:
-    """The largest magnitude of all trained tensors, (): NaN or infinite if one of them is."""
+    """The largest magnitude of all trained tensors and of the updates that wait, (): NaN or infinite if one is."""
+    waiting = [matrix.pending for matrix in matrices.matrices(model).values() if matrix.pending is not None]
     ends = [
         torch.stack([end.float().abs() for end in tensor.aminmax()]).max()
-        for tensor in trained_tensors(model).values()
+        for tensor in [*trained_tensors(model).values(), *waiting]
         if tensor.is_floating_point()
     ]
     return torch.stack([end.to(ends[0].device) for end in ends]).max()

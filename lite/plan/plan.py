@@ -22,10 +22,19 @@ from lite.recipe import Recipe, planned_settings
 
 PLENTY = 0.5  # of the budget: where a few layers tell of no more, the whole model is not run
 # Of the peak; there are others where a step has them.
-PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "working", "logits", "dequantised")
+PARTS = (
+    "weights",
+    "adapters",
+    "projections",
+    "gradients",
+    "optimizer",
+    "activations",
+    "working",
+    "logits",
+    "dequantised",
+)
 QUANTISED_A_SECOND = 25e6  # weights, by bitsandbytes on two cores; a checkpoint that is quantised already needs none
 NF4_BITS = 4.127  # a weight, its scales quantised again
-BLOCKS_BITS = 8.25  # a weight in eight bits with a scale for every 128
 CONFIRMATIONS = 3  # whole runs at most, each with a layer more recomputed, before the least hungry settings are taken
 
 
@@ -76,13 +85,6 @@ class Plan:
         on_cpu = self.settings.levers.layers_on_host and (self.recipe.load_in_4bit or self.recipe.load_in_8bit)
         weights = self.weights["layers"] * (8 / NF4_BITS if self.recipe.load_in_4bit else 1)
         return weights / QUANTISED_A_SECOND if on_cpu else 0.0
-
-    @property
-    def loading_host_bytes(self) -> float:
-        """What passes through host memory at once while loading: all weights, where the blocks become eight bits."""
-        if not self.recipe.int8_weights or self.target.device_type == "cpu":
-            return 0.0
-        return sum(self.weights.values()) + self.weights["layers"] * (16 / BLOCKS_BITS - 1)
 
     @property
     def training_seconds(self) -> float | None:

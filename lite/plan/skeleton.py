@@ -37,6 +37,7 @@ def config_of(recipe: Recipe) -> PreTrainedConfig:
 
 def skeleton(recipe: Recipe, config: PreTrainedConfig, dtype: torch.dtype, *, layers: int | None = None) -> Trained:
     """The recipe's model as it trains, with `layers` decoder layers, on meta. No lever is pulled yet."""
+    load.require_trainable(recipe, config)
     config = _shortened(config, layers)
     quantised = config.to_dict().get("quantization_config")
     if hasattr(config, "quantization_config"):

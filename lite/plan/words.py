@@ -37,9 +37,7 @@ def settings(plan: Plan) -> str:
 
 
 def loading(plan: Plan) -> str | None:
-    """What is to be known of loading, if it takes long or much."""
-    if plan.loading_host_bytes:
-        return f"the weights pass through host memory, {in_gib(plan.loading_host_bytes)} in bf16"
+    """What is to be known of loading, if it takes long."""
     if plan.quantising_seconds < 60:
         return None
     minutes = round(plan.quantising_seconds / 60)

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lite.errors import ModelError
-from lite.model import load, weights
+from lite.model import load, matrices, trained, weights
 from lite.model.layers import decoder_layers
+from lite.plan import skeleton
 from lite.recipe import Recipe
 from tests.model.tiny import ARCHITECTURES, DENSE, tiny_model
 
@@ -237,3 +238,56 @@ def test_a_folder_without_a_tokenizer_is_an_error(architecture: str, tmp_path: P
     tiny_model(architecture).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="tokenizer"):
         load.load_tokenizer(Recipe(model=str(tmp_path)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_eight_bits_while_loading_are_those_of_a_loaded_model(
+    model_folder: Folder, dtype: str, ids: torch.Tensor
+) -> None:
+    """Codes, scales and logits bit for bit; transformers takes the model for a plain one afterwards."""
+    folder = str(model_folder("qwen3"))
+    found = load.load_model(Recipe(model=folder, dtype=dtype, device="cpu", galore=True, int8_weights=True))
+    plain = load.load_model(Recipe(model=folder, dtype=dtype, device="cpu"))
+    matrices.to_eight_bits(plain, torch.device("cpu"))
+    expected = plain.state_dict()
+    assert {name: tensor.dtype for name, tensor in found.state_dict().items()} == {
+        name: tensor.dtype for name, tensor in expected.items()
+    }
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.state_dict().items())
+    assert torch.equal(found(ids).logits, plain(ids).logits)
+    assert not found.is_quantized
+    assert vars(found.config).keys() == vars(plain.config).keys()
+    assert not hasattr(found, "hf_quantizer")
+
+
+def test_weights_of_another_shape_are_an_error_in_eight_bits_too(model_folder: Folder, tmp_path: Path) -> None:
+    folder = shutil.copytree(model_folder("qwen3"), tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = tensors[name][:-1].clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=rf"{name}: \(255, 128\) in the checkpoint, \(256, 128\) by config.json"):
+        load.load_model(Recipe(model=str(folder), device="cpu", galore=True, int8_weights=True))
+
+
+@pytest.mark.parametrize(
+    ("settings", "flag"),
+    [({"galore": True}, "--galore"), ({"galore": True, "int8_weights": True}, "--galore"), ({"full": True}, "--full")],
+    ids=str,
+)
+def test_quantised_weights_are_not_trained(model_folder: Folder, tmp_path: Path, settings: dict, flag: str) -> None:
+    """Told before weights are loaded (there are none any more), by a plan, and of a live model that says nothing."""
+    four_bit = Recipe(model=str(model_folder("qwen3")), dtype="float32", device="cpu", load_in_4bit=True)
+    model = load.load_model(four_bit)
+    model.save_pretrained(tmp_path)
+    recipe = Recipe(model=str(tmp_path), dtype="float32", device="cpu", **settings)
+    told = rf"its weights are quantised already, as bitsandbytes.*Take the unquantised model.*leave out {flag}\."
+    next(tmp_path.glob("*.safetensors")).write_bytes(b"")
+    with pytest.raises(ModelError, match=told):
+        load.load_model(recipe)
+    with pytest.raises(ModelError, match=told):
+        skeleton.skeleton(recipe, skeleton.config_of(recipe), torch.float32)
+    with pytest.raises(ModelError, match=told):
+        trained.attach(model, recipe)
+    with pytest.raises(ModelError, match="int8_weights = True: Qwen3ForCausalLM is quantised already"):
+        matrices.to_eight_bits(model, torch.device("cpu"))

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from lite.errors import ModelError
 from lite.model import matrices
@@ -63,6 +64,14 @@ def test_what_is_quantised_is_not_quantised_again(tiny_model):
     model = tiny_model("llama")
     matrices.to_eight_bits(model, torch.device("cpu"))
     with pytest.raises(ModelError, match="quantised already"):
+        matrices.to_eight_bits(model, torch.device("cpu"))
+
+
+def test_other_layers_than_linear_ones_are_not_called_quantised(tiny_model):
+    model = tiny_model("llama")
+    for name, layer in matrices.linears(model).items():
+        model.set_submodule(name, Conv1D(layer.out_features, layer.in_features))
+    with pytest.raises(ModelError, match=r"no plain linear layer.*Conv1D.*Train an adapter"):
         matrices.to_eight_bits(model, torch.device("cpu"))
 
 

@@ -140,3 +140,13 @@ def test_the_largest_weight_tells_of_what_is_no_number(tiny_model):
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[2, 2] = float("nan")
     assert whole.largest(model).isnan()
+
+
+def test_the_largest_of_what_waits_counts(tiny_model):
+    model = attached(tiny_model("llama"), int8_weights=True)
+    matrix = next(iter(matrices.matrices(model).values()))
+    matrix.basis = torch.eye(matrix.short, 2)
+    matrix.wait(torch.full((2, matrix.long), 1e6), decay=1.0)
+    assert whole.largest(model) == 1e6
+    matrix.pending[0, 3] = float("nan")
+    assert whole.largest(model).isnan()

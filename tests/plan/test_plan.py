@@ -85,7 +85,7 @@ def test_for_programs(shaped) -> None:
     assert told["longest_pair_tokens"] >= 316
     assert (told["steps"], told["training_seconds"]) == (30, pytest.approx(30 * told["step_seconds"]))
     assert set(told["settings"]) == set(planned_settings())
-    assert {"weights", "adapters", "optimizer", "activations", "logits", "reserve"} <= set(told["parts"])
+    assert {"weights", "adapters", "projections", "optimizer", "activations", "logits", "reserve"} <= set(told["parts"])
     assert told["peak_bytes"] + told["parts"]["reserve"] == pytest.approx(sum(told["parts"].values()), abs=16)
 
 

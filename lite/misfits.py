@@ -110,6 +110,9 @@ def _of_full_training(values: Mapping[str, Any], fields: Mapping[str, FieldInfo]
         if optimizer != "galore" and not (optimizer == "galore-torch" and key in OF_GALORE_TORCH):
             text = f" = {asked[key]!r} beside optimizer = {optimizer}, which has no such setting. "
             found.append(Problem(key, text + "Take --optimizer galore, or leave it out."))
+    if optimizer != "galore" and asked.get("dtype") == "bfloat16":
+        text = f" = 'bfloat16' beside full with optimizer = {optimizer}, of whose updates it rounds most away. "
+        found.append(Problem("dtype", text + "Take --optimizer galore, which rounds at random, or --dtype float32."))
     return [*found, *_of_projection(asked, fields), *_beside_full(asked, fields, word)]
 
 

@@ -5,13 +5,15 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from lite.memory.checkpoint import checkpoint_layers
 from lite.memory.meter import Meter
+from lite.memory.tiles import tile_mlps
 from lite.model import matrices
 from lite.model.mlp import replace_mlps
-from lite.optim import int8
+from lite.optim import int8, subspace
 from tests.architectures import tiny_config
 from tests.model.quantised import bytes_of, saved_tensors
-from tests.model.tiny import SIZES
+from tests.model.tiny import SIZES, tiny_model
 
 WIDTH, INNER, TOKENS = 128, 256, 20
 
@@ -85,3 +87,46 @@ def test_a_dry_run_holds_the_same_bytes(bits: int):
             mlp(x).backward(torch.ones_like(x))
         traces.append(meter.trace)
     assert traces[0] == traces[1]
+
+
+def whole_model(bits: int, tokens: int, recomputed: int) -> dict[str, Tensor]:
+    """R and Y of every matrix and the gradient of every vector, by two packs; two layers, biases in MLPs too."""
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        model = tiny_model("llama", mlp_bias=True, attention_bias=True).train()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("layers" in name)
+            if "bias" in name:
+                nn.init.normal_(parameter, std=0.1)
+    if bits == 8:
+        matrices.to_eight_bits(model, torch.device("cpu"))
+    else:
+        for layer in matrices.linears(model).values():
+            matrices.feed(layer)
+    replace_mlps(model)
+    found = matrices.matrices(model)
+    for index, matrix in enumerate(found.values()):
+        draws = torch.Generator().manual_seed(index)
+        matrix.basis = subspace.at_random(matrix.short, 8, torch.device("cpu"), draws)
+        omega = torch.randn(matrix.long, 10, generator=draws)
+        matrix.gather("sketch", lambda omega=omega: omega)
+    assert not tokens or tile_mlps(model, tokens) == 2
+    checkpoint_layers(model, recomputed)
+    for seed in range(2):
+        ids = torch.randint(3, 320, (1, 23), generator=torch.Generator().manual_seed(seed))
+        model(input_ids=ids, use_cache=False).logits.logsumexp(-1).sum().backward()
+    vectors = {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.ndim == 1}
+    assert len(vectors) == 2 * (2 + 7)
+    vectors |= {f"{name} R": m.gradient for name, m in found.items()}
+    return vectors | {f"{name} Y": m.gathered for name, m in found.items()}
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_tiles_within_recomputed_layers_feed_each_token_once(bits: int):
+    """Tiles of 8 of 23 tokens, the last one shorter: to 1e-6 of what comes without tiles, in size."""
+    plain = whole_model(bits, 0, 0)
+    assert all(t.norm() > 0 for t in plain.values())
+    for recomputed in (0, 2):
+        found = whole_model(bits, 8, recomputed)
+        assert found.keys() == plain.keys()
+        assert max(float((found[name] - plain[name]).norm() / plain[name].norm()) for name in plain) < 1e-6

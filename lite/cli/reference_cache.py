@@ -118,7 +118,7 @@ def _hours(seconds: float) -> str:
 
 def as_dict(one: "Stored") -> dict[str, Any]:
     """What is kept under an identity, for JSON: what it was computed with, how much, and when it was used."""
-    fields = ("model", "quantisation", "dtype", "adapter", "adapter_name", "weights", "format")
+    fields = ("model", "quantisation", "dtype", "adapter", "adapter_name", "whole", "weights", "format")
     return {
         "key": one.key.hex(),
         **{name: getattr(one.identity, name, None) for name in fields},

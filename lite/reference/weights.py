@@ -64,11 +64,12 @@ class Identity:
     weights: str  # of `files_digest`
     quantisation: str  # none, nf4, int8, or what a quantised checkpoint says of itself
     dtype: str
-    adapter: str | None = None  # of `tensors_digest`
+    adapter: str | None = None  # of `tensors_digest`: of an adapter, or of whole weights as they were trained (`whole`)
     format: int = FORMAT
     remote_code: bool = field(default=False, kw_only=True)  # whether Python of the model's own computes it
     model: str = field(default="", compare=False, kw_only=True)  # for people, as the next one
     adapter_name: str | None = field(default=None, compare=False, kw_only=True)
+    whole: bool = field(default=False, compare=False, kw_only=True)
 
     @property
     def key(self) -> bytes:
@@ -82,8 +83,9 @@ class Identity:
         """A line for people: `qwen-14b in nf4, bfloat16, adapter runs/x/adapter`."""
         name = self.model or f"weights {self.weights[:8]}"
         stored = "" if self.quantisation == "none" else f" in {_short(self.quantisation)}"
-        adapter = "" if self.adapter is None else f", adapter {self.adapter_name or self.adapter[:8]}"
-        return f"{name}{stored}, {self.dtype}{adapter}"
+        kind = "trained weights" if self.whole else "adapter"
+        trained = "" if self.adapter is None else f", {kind} {self.adapter_name or self.adapter[:8]}"
+        return f"{name}{stored}, {self.dtype}{trained}"
 
     def as_json(self) -> str:
         """Every field, for `from_json`."""

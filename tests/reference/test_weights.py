@@ -373,6 +373,19 @@ def test_each_part_of_an_identity_counts_but_the_names() -> None:
     assert Identity.from_json(named.as_json()).model == "qwen-14b"
 
 
+def test_whole_weights_are_not_called_an_adapter() -> None:
+    """Their digest is in an adapter's place, where the cache finds them as before."""
+    adapter = Identity("w", "none", "bfloat16", "ab12cd34" * 4, model="tiny")
+    weights = replace(adapter, whole=True)
+    assert weights.key == adapter.key
+    assert adapter.description == "tiny, bfloat16, adapter ab12cd34"
+    assert weights.description == "tiny, bfloat16, trained weights ab12cd34"
+    assert replace(weights, adapter_name="x/step-3").description == "tiny, bfloat16, trained weights x/step-3"
+    old = json.loads(adapter.as_json())
+    del old["whole"]
+    assert not Identity.from_json(json.dumps(old)).whole
+
+
 def test_the_keys_of_today() -> None:
     """What is in users' caches: if this fails, raise weights.FORMAT."""
     assert (

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 
 import lite
+from lite.optim.moments import Adam
+from lite.optim.projected import Projected
 from lite.train import Interrupted, resume
 
 TIMED = 8
@@ -38,6 +40,11 @@ def main(folder: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
     for module in json.loads((folder / "modules.json").read_text(encoding="utf-8")):
         with contextlib.suppress(ImportError):  # some are made on the fly, by no file
             importlib.import_module(module)  # once here, instead of once in every fork
+    if settings.get("galore"):
+        return {
+            name: attempt(folder / name.replace(" ", "-"), settings, reference, arm=arm)
+            for name, arm in DEATHS_OF_WHOLE_WEIGHTS.items()
+        }
     draw = random.Random(0)
     outcomes = {}
     for number in range(TIMED):
@@ -45,8 +52,7 @@ def main(folder: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
         delay_s = draw.uniform(0, after_set_up_s)
         name = f"after {number + 1} of {TIMED} random delays"
         outcomes[name] = attempt(folder / f"timed-{number}", settings, reference, kill_after_s=delay_s)
-    deaths = DEATHS | ({"in half a model": in_half_a_model} if settings.get("galore") else {})
-    for name, arm in deaths.items():
+    for name, arm in DEATHS.items():
         outcomes[name] = attempt(folder / name.replace(" ", "-"), settings, reference, arm=arm)
     for name, number in {"SIGINT": signal.SIGINT, "SIGTERM": signal.SIGTERM}.items():
         outcomes[name] = attempt(folder / name, settings, reference, ask=number)
@@ -186,6 +192,19 @@ def after_the_rename() -> None:
     os.replace = dying
 
 
+def in_half_an_update() -> None:
+    """Step 8: some matrices have their update of it, others not; the newest checkpoint is of step 6."""
+    step, seen = Projected.step, []
+
+    def dying(one: Projected, adam: Adam, steps: int, *given: Any) -> None:
+        seen.append(steps)
+        if seen.count(8) == 3:
+            die()
+        step(one, adam, steps, *given)
+
+    Projected.step = dying
+
+
 def in_half_a_model() -> None:
     """The result's weights are written, and nothing else of it."""
     write = Path.write_text
@@ -217,6 +236,8 @@ DEATHS = {
     "after the rename": after_the_rename,
     "in the pruning": in_the_pruning,
 }
+# What an adapter's run has not; all that both have is tried with an adapter, whose steps are shorter.
+DEATHS_OF_WHOLE_WEIGHTS = {"in half an update": in_half_an_update, "in half a model": in_half_a_model}
 
 if __name__ == "__main__":
     print(json.dumps(main(Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text(encoding="utf-8")))))

@@ -9,6 +9,7 @@ runs/NAME/
   checkpoints/      the newest, each whole        samples.json    answers before and after
   adapter/          the result, with tokenizer    result.json     the numbers at the end; only a finished run has it
   model/            instead of adapter/, where the weights themselves were trained: a whole model
+  reference/        what the policy was when it last became the reference, if --refresh-reference lets it
   start_adapter/    a copy of the adapter that the run went on from, if it did
   rows_skipped.txt  rows that could not be used, if --skip-bad-rows let it go on without them
 """
@@ -29,6 +30,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from lite import recipe as recipes
+from lite import signatures
 from lite.errors import RunError, raise_collected
 from lite.model import trained
 from lite.recipe import Recipe
@@ -199,7 +201,8 @@ def require_same(folder: Path, identity: Mapping[str, Any], *, but: str = "") ->
     """Raise RunError naming everything in `identity` that is not as when the run started, beside the setting `but`."""
     before = _identity(folder)
     now = json.loads(json.dumps(identity))
-    changed = [f"{what} in {RECIPE}" for what in _changes(before["recipe"], now.get("recipe"), but)]
+    completed = _completed(before["recipe"], now.get("recipe"))
+    changed = [f"{what} in {RECIPE}" for what in _changes(completed, now.get("recipe"), but)]
     if before["data"] != now.get("data", before["data"]):
         source = now["recipe"]["data"]
         changed.append(f"data: the rows of {source} (or its held-out rows) are not those that it began with")
@@ -259,6 +262,15 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any] | None, but: str 
         for key in keys
         if before.get(key) != now.get(key) and key != but
     ]
+
+
+def _completed(before: Mapping[str, Any], now: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The recipe of a run of an earlier lite, which had not all of today's settings: those at their defaults."""
+    if now is None:
+        return dict(before)
+    of_loss = signatures.find(now["method"], now.get("loss")).hyperparameters
+    defaults = {key: known[key].default for known in (Recipe.model_fields, of_loss) for key in known if key in now}
+    return {**defaults, **before}
 
 
 def _identity(folder: Path) -> dict[str, Any]:

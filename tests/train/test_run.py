@@ -114,6 +114,16 @@ def test_everything_that_changed_is_named_at_once(folder: Path) -> None:
     assert "--max-steps" in message
 
 
+def test_a_setting_that_an_earlier_lite_had_not_was_at_its_default(folder: Path) -> None:
+    """The run of IDENTITY knows of three settings; today's recipe has all."""
+    now = {"recipe": {**Recipe().resolved(), **IDENTITY["recipe"]}}
+    run.require_same(folder, now)
+    for key, was, value in (("galore_rank", 128, 8), ("full", False, True), ("nll_over", "'completion'", "sequence")):
+        changed = {"recipe": {**now["recipe"], key: value}}
+        with pytest.raises(RunError, match=f"{key}: was {was}, is {value!r} in recipe.yaml"):
+            run.require_same(folder, changed)
+
+
 def test_max_steps_changes_by_name_only(folder: Path) -> None:
     now = copy.deepcopy(IDENTITY)
     now["recipe"]["max_steps"] = 9

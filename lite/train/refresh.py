@@ -7,7 +7,7 @@ Source: the hard update of Gorbatovski et al. 2024, arXiv:2404.09656.
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,8 +57,9 @@ class Refresh:
         """Whether it is time; `step` steps are done."""
         return step > self.step and step % self.every == 0
 
-    def take_over(self, step: int, batches: Batches) -> None:
-        """Let the policy be the reference from here on; no update of it may wait."""
+    def take_over(self, step: int, batches: Batches, named: Collection[int]) -> None:
+        """Let the policy be the reference from here on; no update of it may wait. `named`: as `forget_but` has it."""
+        self.forget_but(named)  # before, so that there is never one more than is needed
         checkpoints.publish(self._kept(step), lambda unfinished: trained.save(self.model, unfinished))
         computed = self._take(step, batches)
         self.note(f"after step {step} the policy is the reference: {computed} rows read{self._cost(step)}")
@@ -71,16 +72,17 @@ class Refresh:
         self._take(step, batches)
         trained.load(self.model, checkpoint)
 
-    def forget_before(self, step: int) -> None:
-        """Delete what no checkpoint needs any more."""
-        for folder in self.folder.glob("step-*"):
-            if int(folder.name.removeprefix("step-")) < step:
+    def forget_but(self, named: Collection[int]) -> None:
+        """Delete what no checkpoint needs any more: `named` are the steps of the references that some go on with."""
+        for folder in self.folder.glob("*step-*"):  # what a kill left unfinished as well
+            if folder.name not in {self._kept(step).name for step in named}:
                 shutil.rmtree(folder)
 
     def _take(self, step: int, batches: Batches) -> int:
         """Compute what is missing for the steps up to the next refresh, and look up there from now on."""
         digest = tensors_digest(*trained.content(self.model))
-        identity = replace(self.reference.identity, adapter=digest)
+        whole, name = not isinstance(self.model, PeftModel), str(self._kept(step))
+        identity = replace(self.reference.identity, adapter=digest, adapter_name=name, whole=whole)
         until = min((step // self.every + 1) * self.every, len(batches))
         ahead = [example for index in range(step, until) for example in batches.examples(index)]
         reference, rows = self.reference, [*ahead, *self.held_out]

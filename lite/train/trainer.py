@@ -10,6 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ class Trainer(transformers.Trainer):
         if self.refresh and self.refresh.is_due(self.state.global_step):
             self.merge()
             # Before the batch is laid out, for its reference is looked up then.
-            self.refresh.take_over(self.state.global_step, self.batches)
+            self.refresh.take_over(self.state.global_step, self.batches, self._references())
         return [next(epoch_iterator)], None
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
@@ -220,8 +221,15 @@ class Trainer(transformers.Trainer):
         checkpoints.write(parent, self.state.global_step, self._fill)
         checkpoints.prune(parent, self.recipe.save_total_limit)
         if self.refresh:
-            sound = [kept for kept in checkpoints.listed(parent) if not checkpoints.problems(kept)]
-            self.refresh.forget_before(min(state(kept)["refreshed"] for kept in sound))
+            self.refresh.forget_but(self._references())
+
+    def _references(self) -> set[int]:
+        """After which steps the policy became the references that the checkpoints go on with; 0: it had not yet."""
+        found = set()
+        for kept in checkpoints.listed(self.folder / "checkpoints"):
+            with suppress(OSError, ValueError, KeyError):  # a broken one, which a resume passes over as well
+                found.add(state(kept)["refreshed"])
+        return found
 
     def _fill(self, folder: Path) -> None:
         trained.save(self.model, folder)

@@ -65,7 +65,7 @@ def score(recipe: Recipe, progress: Progress | None = None) -> Scores:
 
 def _scored(subject: Subject, tally: Tally, progress: Progress) -> Iterator[ScoredRow]:
     recipe = subject.recipe
-    with failures.told(progress), ExitStack() as open_until:
+    with failures.told(progress, failures.lower(recipe)), ExitStack() as open_until:
         progress.stage("reading the data" + (" from stdin" if recipe.data == "-" else ""))
         tokenizer = load.load_tokenizer(recipe)
         found = rows.read_all(recipe, tokenizer)

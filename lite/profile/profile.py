@@ -67,7 +67,7 @@ def profile(
     if recipe.output_dir is not None:
         raise RecipeError(f"output_dir = {recipe.output_dir}: that is for a run. A profile goes where --output says.")
     progress = progress or Quiet()
-    with failures.told(progress), ExitStack() as open_until:
+    with failures.told(progress, failures.lower(recipe)), ExitStack() as open_until:
         recipe = trained.settle(recipe)
         tokenizer, data = read(recipe, progress)
         # Of all rows, as the run's own plan. Whether it fits is what a profile finds out.

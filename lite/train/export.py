@@ -39,7 +39,10 @@ def export(
     if isinstance(to, Path):
         columns.require_new(to)
     progress = progress or Quiet()
-    with failures.told(progress), Store.open(Path(recipe.cache) if recipe.cache else None) as store:
+    with (
+        failures.told(progress, failures.lower(recipe)),
+        Store.open(Path(recipe.cache) if recipe.cache else None) as store,
+    ):
         tokenizer, data = read(recipe, progress)
         rows, examples = _rows(recipe), _whole(recipe, data)
         if not examples:

@@ -8,22 +8,30 @@ import torch
 
 from lite.data.packs import Batch
 from lite.errors import SHOWN_PROBLEMS, RunError
+from lite.recipe import Recipe
 from lite.train.progress import Progress
 
 # What allocators say, beside torch's own error for them: a CPU's, the driver's for what torch does not allocate, and
 # cuBLAS's when it finds no room for its handle.
 SAID = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-LOWER = (
-    "Lower --tokens-per-pack or --chunk-tokens, set --split-pairs for pairs that are longer than a pack, lower "
-    "--max-length, or quantise the base (--4bit)."
-)
 
-ALONE = "Lower --chunk-tokens or --max-length, or quantise the base (--4bit)."
+
+def lower(recipe: Recipe) -> str:
+    """What to lower where a run of the recipe has no room."""
+    return (
+        "Lower --tokens-per-pack or --chunk-tokens, set --split-pairs for pairs that are longer than a pack, lower "
+        f"--max-length, or {_smaller(recipe)}."
+    )
+
+
+def lower_of_one(recipe: Recipe) -> str:
+    """The same where packs cannot be smaller."""
+    return f"Lower --chunk-tokens or --max-length, or {_smaller(recipe)}."
 
 
 @contextmanager
-def told(progress: Progress, advice: str = LOWER) -> Iterator[None]:
-    """Close progress however it ends, and say what to do where there is no room: by default what to lower."""
+def told(progress: Progress, advice: str) -> Iterator[None]:
+    """Close progress however it ends, and say what to do where there is no room: `advice`."""
     try:
         yield
     except RuntimeError as error:
@@ -53,17 +61,26 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in SAID)
 
 
-def too_large(what: str, largest: int, error: Exception) -> RunError:
+def too_large(what: str, largest: int, error: Exception, advice: str) -> RunError:
     """No smaller packs can be made of `what`, and its largest, of so many tokens, has no room."""
     return RunError(
         f"{what[:1].upper()}{what[1:]}: out of {_whose(error)}, with {largest:,} tokens in the largest pack, which "
-        f"cannot be split. {_first_line(error)}\n{ALONE}"
+        f"cannot be split. {_first_line(error)}\n{advice}"
     )
 
 
-def no_room(error: Exception, advice: str = LOWER) -> RunError:
+def no_room(error: Exception, advice: str) -> RunError:
     """There is no room for what comes before, between and after the steps."""
     return RunError(f"Out of {_whose(error)}. {_first_line(error)}\n{advice}")
+
+
+def _smaller(recipe: Recipe) -> str:
+    """What makes weights, or what is kept beside them, smaller."""
+    if not recipe.full:
+        return "quantise the base (--4bit)"
+    if recipe.optimizer != "galore":
+        return "train by --galore"
+    return "lower --galore-rank" + ("" if recipe.int8_weights else ", or keep the weights in 8 bits (--int8-weights)")
 
 
 def _whose(error: Exception) -> str:

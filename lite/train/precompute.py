@@ -20,7 +20,10 @@ def precompute(recipe: Recipe, progress: Progress | None = None) -> dict[str, An
     """
     require_reference(recipe)
     progress = progress or Quiet()
-    with failures.told(progress), Store.open(Path(recipe.cache) if recipe.cache else None) as store:
+    with (
+        failures.told(progress, failures.lower(recipe)),
+        Store.open(Path(recipe.cache) if recipe.cache else None) as store,
+    ):
         tokenizer, data = read(recipe, progress)
         examples = [*data.train, *data.held_out]
         filled = reference.by_model(recipe, store, examples, tokenizer, progress.rows, progress.stage)

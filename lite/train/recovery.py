@@ -27,6 +27,7 @@ class Room:
 
     layout: Layout
     note: Callable[[str], None]
+    advice: str  # what to lower where no smaller pack can be made
     times_lowered: int = 0
 
     def within(
@@ -57,7 +58,7 @@ class Room:
     def _lower(self, what: str, examples: Sequence[TokenExample], largest: int, error: Exception) -> None:
         layout = lowered(self.layout, examples, largest)
         if layout is None:
-            raise failures.too_large(what, largest, error) from error
+            raise failures.too_large(what, largest, error, self.advice) from error
         self.layout = layout
         self.times_lowered += 1
         apart = ", pairs over it one completion at a time" if layout.split_pairs else ""

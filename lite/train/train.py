@@ -18,7 +18,7 @@ from lite.model import adapters, trained, trained_with, whole_files
 from lite.model.head import unwrapped
 from lite.model.origin import folder_of, weights_mark
 from lite.recipe import Recipe
-from lite.train import checkpoints, failures, interrupt, judged, machine, metrics, run, samples
+from lite.train import checkpoints, failures, interrupt, judged, left, machine, metrics, run, samples
 from lite.train.memory import Comparison
 from lite.train.progress import Progress, Quiet, in_mib
 from lite.train.run import Run
@@ -32,11 +32,12 @@ def train(recipe: Recipe, progress: Progress | None = None) -> Run:
     Raises a LiteError for what the user can mend, and Interrupted, after a checkpoint, when asked by a signal to stop.
     """
     progress = progress or Quiet()
-    with failures.told(progress), ExitStack() as open_until:
+    with failures.told(progress, failures.lower(recipe)), ExitStack() as open_until:
         started = time.perf_counter()
         run.require_free(recipe)
         recipe = trained.settle(recipe)
-        work = set_up(recipe, *read(recipe, progress), progress, open_until=open_until)
+        place = Path(recipe.output_dir or run.RUNS)
+        work = set_up(recipe, *read(recipe, progress), progress, open_until=open_until, folder=place)
         folder = run.new_folder(recipe)
         # Not where it lies: so that the saved recipe, given to --recipe, makes a run of its own.
         work = replace(work, recipe=work.recipe.model_copy(update={"output_dir": None}))
@@ -53,17 +54,21 @@ def resume(folder: str | Path, max_steps: int | None = None, progress: Progress 
     `max_steps` may be higher than the run's: then the learning rate follows, from the checkpoint on, the schedule of
     the longer run (a cosine that had come down goes up again), so the result is not that of a run which was as long
     from its start. Raises RunError if the recipe, the data or the model have changed, naming what; a finished run is
-    returned as it is.
+    returned as it is, unless what it had left is gone: that is written again from its last checkpoint.
     """
     progress = progress or Quiet()
-    with failures.told(progress), ExitStack() as open_until:
+    folder = Path(folder)
+    recipe = run.opened(folder)
+    with failures.told(progress, failures.lower(recipe)), ExitStack() as open_until:
         started = time.perf_counter()
-        folder = Path(folder)
-        recipe = run.opened(folder)
         result = run.result(folder)
         if result is not None and max_steps in (None, result["steps"]):
-            progress.note(f"{folder}: finished already, after {result['steps']} steps. --max-steps makes it longer.")
-            return Run(folder, recipe, result)
+            if left.is_there(folder, recipe):
+                done = f"{folder}: finished already, after {result['steps']} steps"
+                progress.note(f"{done}. --max-steps makes it longer.")
+                return Run(folder, recipe, result)
+            last = left.require_checkpoint(folder, recipe)
+            progress.note(f"{left.place(folder, recipe)}: is gone, and is written again, from {last.name}")
         if max_steps is not None and max_steps < run.planned_steps(folder):
             planned = run.planned_steps(folder)
             raise RunError(
@@ -77,7 +82,8 @@ def resume(folder: str | Path, max_steps: int | None = None, progress: Progress 
             run.require_same(folder, now, but=but)
             start_adapter = folder / run.START_ADAPTER
             kept = start_adapter if start_adapter.is_dir() else None
-            work = set_up(longer, tokenizer, data, progress, open_until=open_until, start_adapter=kept, go_on=True)
+            places = {"folder": folder, "start_adapter": kept}
+            work = set_up(longer, tokenizer, data, progress, open_until=open_until, **places, go_on=True)
             run.require_same(folder, {"model": work.identity()["model"]})
             if max_steps is not None:
                 run.extend(folder, longer, work.identity())

@@ -34,7 +34,7 @@ from lite.recipe import Recipe
 from lite.reference import precompute
 from lite.reference.lookup import Cached, FromColumns
 from lite.reference.store import Store
-from lite.train import judged, machine, trackers
+from lite.train import disk, failures, judged, machine, trackers
 from lite.train.batches import Batches
 from lite.train.memory import plan_run
 from lite.train.progress import Progress
@@ -143,11 +143,14 @@ def set_up(
     progress: Progress,
     *,
     open_until: ExitStack,
+    folder: Path | None = None,
     start_adapter: Path | None = None,
     plan: Plan | None = None,
     go_on: bool = False,
 ) -> Work:
     """Everything up to step 1; `start_adapter` stands in for the one that the recipe goes on from.
+
+    folder: where the run will be or is, whose disk must have room for what whole weights leave; None: nothing is left.
 
     The memory settings that the recipe leaves open are settled first, by the plan, which stops a run that does not fit
     unless it has to `go_on`; `plan`: they are, by that one.
@@ -169,6 +172,9 @@ def set_up(
     progress.stage(f"loading {recipe.model}")
     machine.make_ready(load.device(recipe))
     model = trained.attach(load.load_model(recipe, host_layers=levers.layers_on_host), here)
+    if recipe.full and folder is not None:
+        steps = planned_steps(recipe, data)
+        disk.require_room(recipe, model, steps, folder, note=progress.note, go_on=go_on)
     pull(model, levers)
     path, chosen = layout.path_of(recipe), layout.layout_of(recipe, model)
     if recipe.self_check:
@@ -186,7 +192,7 @@ def set_up(
         reference = Cached(store, filled.identity, precompute.wanted_words(recipe))
     scalars = Scalars.of(recipe, model.device)
     objective = Objective.of(recipe.signature, recipe.hyperparameters, scalars.values)
-    room = Room(chosen, progress.note)
+    room = Room(chosen, progress.note, failures.lower_of_one(recipe))
     return Work(recipe, tokenizer, data, model, room, path, objective, scalars, reference, progress, plan)
 
 

@@ -1,6 +1,7 @@
 """A step or an evaluation that does not fit is done again in smaller packs, with the same result."""
 
 import math
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from lite.data.packing import lay_out, pack_sizes
 from lite.data.packs import Layout
 from lite.errors import RunError
 from lite.model.layers import decoder_layers
+from lite.recipe import Recipe, problems
 from lite.train import checkpoints, failures, resume, train
 from lite.train.progress import Quiet
 from lite.train.recovery import Room, lowered
@@ -113,7 +115,7 @@ def test_what_is_out_of_memory() -> None:
 
 
 def test_another_attempt_draws_the_same_numbers() -> None:
-    room, drawn, undone = Room(LAYOUT, lambda _: None), [], []
+    room, drawn, undone = Room(LAYOUT, lambda _: None, "Lower it."), [], []
 
     def attempt() -> str:
         drawn.append(torch.rand(3))
@@ -128,7 +130,7 @@ def test_another_attempt_draws_the_same_numbers() -> None:
 
 
 def test_other_errors_pass() -> None:
-    room = Room(LAYOUT, pytest.fail)
+    room = Room(LAYOUT, pytest.fail, "Lower it.")
 
     def wrong() -> None:
         raise RuntimeError("shapes cannot be multiplied")
@@ -201,3 +203,21 @@ def test_a_completion_that_does_not_fit_ends_the_run(recipe: Callable, card: Cal
     assert "which cannot be split. CUDA out of memory. Tried to compute" in text
     assert text.endswith("Lower --chunk-tokens or --max-length, or quantise the base (--4bit).")
     assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
+
+
+@pytest.mark.parametrize(
+    ("settings", "flags"),
+    [
+        ({}, {"--4bit"}),
+        ({"galore": True}, {"--galore-rank", "--int8-weights"}),
+        ({"galore": True, "int8_weights": True}, {"--galore-rank"}),
+        ({"full": True, "dtype": "float32"}, {"--galore"}),
+    ],
+)
+def test_what_to_lower_is_what_the_recipe_can(settings: dict[str, object], flags: set[str]) -> None:
+    """Of whole weights no quantised base, which is refused beside them."""
+    recipe = Recipe(**settings)
+    one = {"--chunk-tokens", "--max-length"}
+    assert set(re.findall(r"--[\w-]+", failures.lower_of_one(recipe))) == one | flags
+    assert set(re.findall(r"--[\w-]+", failures.lower(recipe))) == one | flags | {"--tokens-per-pack", "--split-pairs"}
+    assert bool(problems({**settings, "load_in_4bit": True})) == ("--4bit" not in flags)

@@ -1,15 +1,15 @@
 """The subject: which model is judged, on which rows, against which reference, as a recipe or a run tells it."""
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lite.errors import RecipeError, RunError
-from lite.model.trained import WHOLE
+from lite.model.trained import ADAPTER, WHOLE
 from lite.recipe import BUNDLED, Recipe
 from lite.reference.precompute import reference_recipe
-from lite.train import run
-from lite.train.interrupt import command
+from lite.train import left, run
 
 START = "start"  # as `ref`: the model as it was before what is judged was trained
 BETA = 0.1  # of rewards, where neither the recipe nor the run has one
@@ -40,6 +40,7 @@ def subject_of(recipe: Recipe) -> Subject:
     asked |= recipe.model_extra or {}
     beta = asked.get("beta", recipe.hyperparameters.get("beta", BETA))
     if recipe.run is not None:
+        _require_run(Path(recipe.run))
         trained = run.opened(Path(recipe.run))
         if trained.full:
             return _of_whole(recipe, asked, trained, beta)
@@ -50,6 +51,16 @@ def subject_of(recipe: Recipe) -> Subject:
     return Subject(recipe, _reference(recipe), float(beta), recipe.run)
 
 
+def _require_run(folder: Path) -> None:
+    """Raise RunError where what a run has left is named in its place."""
+    above, option = folder.absolute().parent, {WHOLE: "--model", ADAPTER: "--adapter"}.get(folder.name)
+    if option and (above / run.RECIPE).is_file() and not (folder / run.RECIPE).is_file():
+        raise RunError(
+            f"--run {folder}: no run is there, but the {folder.name} that a run has left. "
+            f"Expected `--run {shlex.quote(str(folder.parent))}` or `{option} {shlex.quote(str(folder))}`."
+        )
+
+
 def _of_whole(recipe: Recipe, asked: Mapping[str, Any], trained: Recipe, beta: float) -> Subject:
     """The subject that a run of whole weights is: its own model, whose start is the one that it was trained from."""
     folder = Path(str(recipe.run))
@@ -58,10 +69,9 @@ def _of_whole(recipe: Recipe, asked: Mapping[str, Any], trained: Recipe, beta: f
             f"--model {recipe.model} beside --run {folder}: the run trained whole weights, so its own model is judged. "
             "Leave one of them out."
         )
-    if run.result(folder) is None:
-        raise RunError(f"{folder}: this run has not finished. Let it: `{command(folder)}`.")
+    model = left.require(folder, trained)
     taken = {key: getattr(trained, key) for key in [*OF_THE_MODEL, *OF_THE_DATA]}
-    taken |= {"model": str(folder / WHOLE), "revision": None}
+    taken |= {"model": str(model), "revision": None}
     taken["data"] = recipe.data if "data" in asked else _rows_of(trained)
     judged = Recipe(**{**taken, **{key: value for key, value in asked.items() if key != "run"}})
     beta = float(_beta(asked, trained, beta))

@@ -9,8 +9,9 @@ from typing import Any
 
 import lite
 from lite import flat_yaml
-from lite.merge.source import ADAPTER, Source
+from lite.merge.source import Source
 from lite.model import trained_with
+from lite.model.trained import ADAPTER
 from lite.recipe import Recipe
 
 # What is compared before and after, by its key in result.json.

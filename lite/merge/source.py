@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lite.errors import ExportError, LiteError, RunError, raise_collected
+from lite.errors import ExportError, LiteError, raise_collected
 from lite.merge.adapter import CONFIG as ADAPTER_CONFIG
 from lite.merge.adapter import Adapter
 from lite.merge.checkpoint import Checkpoint
@@ -22,13 +22,12 @@ from lite.model import catalog, trained_with
 from lite.model.load import compute_dtype
 from lite.model.origin import folder_of
 from lite.model.shards import Weights
+from lite.model.trained import ADAPTER
 from lite.model.trained_with import json_object
 from lite.recipe import BUNDLED, Recipe
-from lite.train import run
-from lite.train.interrupt import command
+from lite.train import left, run
 
 ORIGINAL, QUANTISED = "original", "quantised"
-ADAPTER, MODEL = "adapter", "model"  # in a run's folder: what training leaves, of which it has one
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
 
@@ -80,15 +79,13 @@ def has_two_bases(source: Source) -> bool:
 
 
 def _of_run(folder: Path, base: str | Path | None, onto: str) -> Source:
-    recipe, result = run.opened(folder), run.result(folder)
-    if result is None:
-        raise RunError(f"{folder}: this run has not finished. Let it: `{command(folder)}`.")
-    name = folder.resolve().name
-    if (folder / MODEL / "config.json").is_file():
+    recipe = run.opened(folder)
+    files = left.require(folder, recipe)
+    result, name = run.result(folder) or {}, folder.resolve().name
+    if recipe.full:
         _refuse(str(folder), base, onto, "the run trained every weight, so there is nothing to merge")
-        whole = _of_folder(folder / MODEL, name)
+        whole = _of_folder(files, name)
         return replace(whole, recipe=recipe, folder=folder, result=result, base_name=_hub_name(recipe.model))
-    files = folder / ADAPTER
     settings = _settings(files)
     origin = _base_of_run(folder, recipe, settings, base)
     _require_trained_on(folder, recipe, origin)

@@ -13,6 +13,7 @@ from lite.bundled import __file__ as bundled
 from lite.errors import ExportError, RunError
 from lite.merge.source import ORIGINAL, QUANTISED, has_two_bases, source_of
 from lite.model import trained_with
+from lite.recipe import load
 
 
 def change(path: Path, **changes: object) -> None:
@@ -88,6 +89,9 @@ def test_a_run_that_trained_every_weight(run: Path, tiny: Path) -> None:
     """Its model/ is the result: nothing is merged, and the base need not be there."""
     shutil.copytree(tiny / "model", run / "model")
     rename_base(run, "org/gone")
+    load(run / "recipe.yaml").model_copy(update={"full": True, "optimizer": "galore", "lora_r": 16}).save(
+        run / "recipe.yaml"
+    )
     shutil.rmtree(run / "adapter")
     source = source_of(run)
     assert (source.name, source.files, source.adapter) == ("run", run / "model", None)
@@ -95,6 +99,9 @@ def test_a_run_that_trained_every_weight(run: Path, tiny: Path) -> None:
     assert source.weights.shapes == source_of(tiny / "model").weights.shapes
     with pytest.raises(ExportError, match="the run trained every weight, so there is nothing to merge"):
         source_of(run, onto=QUANTISED)
+    shutil.rmtree(run / "model")
+    with pytest.raises(RunError, match=f"no longer there, or not whole. `lite resume {run}` writes it again"):
+        source_of(run)
 
 
 def test_an_unfinished_run(run: Path) -> None:
@@ -150,7 +157,7 @@ def test_nothing_is_there(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="runs/mine: there is no such folder, and this model is not on this machine"):
         source_of("runs/mine")
     (run / "adapter" / "adapter_config.json").unlink()
-    with pytest.raises(ExportError, match=r"there is no adapter_config.json in it"):
+    with pytest.raises(RunError, match=rf"{run}/adapter: the adapter that the run trained is no longer there"):
         source_of(run)
 
 

@@ -64,6 +64,30 @@ def test_json_then_the_same_run_again(run: Path, capsys: pytest.CaptureFixture[s
     assert f"lite score --run {run} " in page
 
 
+def test_every_weight_as_a_user_types_it(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Planned, trained, told as JSON and as a page: a run of GaLore that leaves a model."""
+    folder = run.with_name("whole")
+    typed = [*arguments(folder)[:-4], "--output-dir", str(folder)]  # all but the adapter's rank
+    assert main([*typed, "--galore", "--galore-rank", "8", "--int8-weights", "--json"]) == 0
+    said = capsys.readouterr()
+    result = json.loads(said.out)
+    assert (result["run"], result["steps"], result["model"]) == (str(folder), 2, str(folder / "model"))
+    for told in (
+        "plan: fits",
+        "weights are trained; the input embedding and the head stay",
+        "disk: checkpoints and the",
+    ):
+        assert told in said.err
+    assert (recipes.load(folder / "recipe.yaml").optimizer, (folder / "adapter").exists()) == ("galore", False)
+
+    assert main(["resume", str(folder)]) == 0
+    page = capsys.readouterr().out
+    assert f"model     {folder}/model" in page
+    assert f"lite orpo --model {folder}/model --galore --int8-weights --dtype float32 --data MORE.jsonl" in page
+    assert main(["score", "--run", str(folder / "model")]) == 2
+    assert f"`--run {folder}` or `--model {folder}/model`" in capsys.readouterr().err
+
+
 def test_rows_that_cannot_be_read_end_it_before_there_is_a_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -102,3 +126,6 @@ def test_what_to_type_next_of_whole_weights(tmp_path: Path) -> None:
     assert judged == f"judge it  lite score --run {tmp_path} --data more.jsonl"
     assert export == f"export    lite export {tmp_path} --to gguf --type q4_k_m"
     assert train_on == f"train on  lite orpo --model {tmp_path}/model --galore --int8-weights --data MORE.jsonl"
+    *_, by_adamw = session.following(Run(tmp_path, Recipe(full=True, dtype="float32"), {"eval_after": {}}))
+    same = "--full --optimizer adamw --dtype float32"
+    assert by_adamw == f"train on  lite orpo --model {tmp_path}/model {same} --data MORE.jsonl"

@@ -9,6 +9,7 @@ from lite.engine.scalars import Scalars
 from lite.errors import RecipeError
 from lite.model import matrices
 from lite.optim.galore import GaLore
+from lite.optim.matrix import Matrix
 from lite.optim.moments import Adam
 from lite.optim.projected import Subspaces
 from lite.recipe import Recipe
@@ -87,9 +88,19 @@ def _galore(model: nn.Module, recipe: Recipe, numbers: list[Tensor]) -> GaLore:
         weight_decay=recipe.weight_decay,
         numbers=numbers,
         numbers_lr=recipe.scalar_learning_rate,
-        dtype=next(p.dtype for p in model.parameters() if p.is_floating_point()),
+        dtype=_computes_in(model, found),
         seed=recipe.seed,
     )
+
+
+def _computes_in(model: nn.Module, found: list[Matrix]) -> torch.dtype:
+    """The dtype of activations: of plain weights theirs, beside codes of 8 bits what the model was loaded in.
+
+    Norms and embeddings may be kept in another.
+    """
+    if any(matrix.scale is not None for matrix in found):
+        return model.config.dtype
+    return found[0].weight.dtype
 
 
 def _adamw(trained: list[nn.Parameter], recipe: Recipe, numbers: list[Tensor]) -> torch.optim.Optimizer:

@@ -169,3 +169,16 @@ def test_a_model_whose_updates_wait_computes_with_them_at_its_ends_too(tiny_mode
         torch.testing.assert_close(trained(input_ids=IDS).logits, twin(input_ids=IDS).logits, rtol=1e-4, atol=1e-4)
         update.merge()
         torch.testing.assert_close(trained(input_ids=IDS).logits, twin(input_ids=IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_subspaces_are_in_the_dtype_that_layers_compute_in(int8: bool, tiny_model) -> None:
+    """Of a model in bf16 whose embedding, first of its parameters, and whose norms are kept in fp32."""
+    trained = tiny_model("llama", dtype=torch.bfloat16)
+    trained.config.dtype = torch.bfloat16  # as loading leaves it
+    for name, part in trained.named_modules():
+        if "norm" in name or "embed" in name:
+            part.float()
+    recipe = Recipe(galore=True, galore_rank=4, int8_weights=int8)
+    made = optimizer(whole.attach(trained.requires_grad_(False), recipe), recipe, Scalars({}, {}))
+    assert {one.matrix.basis.dtype for one in made.projected} == {torch.bfloat16}

@@ -83,10 +83,17 @@ def metered(
 
 
 def placed(batch: Batch, device: torch.device) -> Batch:
-    """A batch whose tensors lie on the device beforehand, each with a storage of its own, as after a real transfer."""
+    """A batch whose tensors lie on the device beforehand, each with a storage of its own, as after a real transfer.
+
+    Its words differ: of alike ones queries and keys have no gradient, and a real step then looks for no subspace.
+    """
     packs = [pack.to(device) for pack in batch.packs]
-    apart = [replace(pack, ids=pack.ids.clone(), positions=pack.positions.clone()) for pack in packs]
+    apart = [replace(pack, ids=_different(pack.ids), positions=pack.positions.clone()) for pack in packs]
     return replace(batch, packs=tuple(apart))
+
+
+def _different(ids: torch.Tensor) -> torch.Tensor:
+    return torch.arange(ids.numel(), device=ids.device, dtype=ids.dtype).remainder(200).view(ids.shape)
 
 
 @pytest.fixture(scope="session")

@@ -14,12 +14,10 @@ SETTINGS = {
     "fp32": {**GALORE, "galore_states": "float32"},
     "bf16": {**GALORE, "dtype": "bfloat16"},
     "int8": {**GALORE, "dtype": "bfloat16", "int8_weights": True},
-    "bf16 states": {**GALORE, "galore_states": "bfloat16", "max_grad_norm": 0.0},
     "merged at refreshes": {**GALORE, **LATE, "int8_weights": True},
     "embeddings": {**GALORE, **LATE, "dtype": "bfloat16", "train_embeddings": True},
     "svd": {**GALORE, "galore_projection": "svd"},
-    "eigh": {**GALORE, "galore_projection": "eigh"},
-    "at random": {**GALORE, "galore_projection": "random"},
+    "at random": {**GALORE, "galore_projection": "random", "max_grad_norm": 0.0},
     "small matrices": {"galore": True, "galore_rank": 64},
     "adamw": {"full": True},
     "adamw-8bit": {"full": True, "optimizer": "adamw-8bit", "train_embeddings": True},
@@ -51,47 +49,45 @@ def assert_same(meta: Account, cpu: Account) -> None:
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_live_bytes_are_those_of_a_real_step(written, settings: dict) -> None:
-    recipe, levers = recipe_of(written("qwen3"), **settings), Levers(2, mlp_tile_tokens=32)
+    recipe, levers = recipe_of(written("qwen3", 2), **settings), Levers(1, mlp_tile_tokens=32)
     assert_same(*(metered(made(recipe, levers), recipe, later=True) for made in (bare, real)))
 
 
 @pytest.mark.parametrize("tied", ["llama", "gemma3"])
 def test_of_tied_embeddings(written, tied: str) -> None:
     """And of a step of one pack, in which everything arises."""
-    recipe = recipe_of(written(tied), **GALORE, train_embeddings=True, method="dpo")
-    assert_same(*(metered(made(recipe, Levers(2)), recipe) for made in (bare, real)))
+    recipe = recipe_of(written(tied, 2), **GALORE, train_embeddings=True, method="dpo")
+    assert_same(*(metered(made(recipe, Levers(1)), recipe) for made in (bare, real)))
 
 
 @pytest.mark.parametrize("name", ["bf16", "merged at refreshes", "embeddings", "adamw"])
 def test_the_second_pack_of_a_step_is_what_is_planned(written, name: str) -> None:
     """Two packs alike, really one after the other; of the first a few bytes a token are left."""
-    recipe = recipe_of(written("qwen3"), **SETTINGS[name])
+    recipe = recipe_of(written("qwen3", 2), **SETTINGS[name])
     one = Lengths(ROW, None, ROW.tokens, ROW.tokens, ROW)
-    planned = metered(bare(recipe, Levers(2)), recipe, one, later=True)
-    both = metered(real(recipe, Levers(2)), recipe, ROWS, packs=2)
+    planned = metered(bare(recipe, Levers(1)), recipe, one, later=True)
+    both = metered(real(recipe, Levers(1)), recipe, ROWS, packs=2)
     assert 0 <= both.top["device"] - planned.top["device"] < 100 * ROW.tokens
-    alone = metered(bare(recipe, Levers(2)), recipe, one)
+    alone = metered(bare(recipe, Levers(1)), recipe, one)
     assert both.top["device"] - alone.top["device"] > 50_000  # a first pack takes less
 
 
-@pytest.mark.parametrize("name", ["fp32", "bf16", "int8", "embeddings"])
+@pytest.mark.parametrize("name", ["fp32", "int8", "embeddings", "adamw"])
 def test_no_gradient_of_a_matrix_is_ever_made(written, name: str) -> None:
-    """In a pack so short that whatever has its tokens is smaller than any matrix; beside it AdamW, which makes them.
+    """In a pack so short that whatever has its tokens is smaller than any matrix; AdamW's are seen by the same meter.
 
     fp32, r = 16: the largest that backward makes is PᵀG of the longest matrix, or a sketch with 8 columns more.
     """
-    recipe = recipe_of(written("qwen3"), **SETTINGS[name])
-    model = real(recipe, Levers(2))
-    found = list(matrices.matrices(model).values())
-    assert {"lm_head", "model.embed_tokens"} & matrices.matrices(model).keys() == (
-        {"lm_head", "model.embed_tokens"} if name == "embeddings" else set()
-    )
-    meter = metered(model, recipe, FEW)
-    most = max(4 * (16 + 8) * matrix.long for matrix in found)
-    assert meter.largest["backward"] <= most < max(4 * matrix.short * matrix.long for matrix in found) / 4
-    full = recipe_of(written("qwen3"), full=True)
-    theirs = metered(real(full, Levers(2)), full, FEW)
-    assert theirs.largest["backward"] == 4 * 128 * 256
+    recipe = recipe_of(written("qwen3", 2), **SETTINGS[name])
+    model = bare(recipe, Levers(1))
+    found = matrices.matrices(model)
+    assert ({"lm_head", "model.embed_tokens"} <= found.keys()) == (name == "embeddings")
+    largest = metered(model, recipe, FEW).largest["backward"]
+    if name == "adamw":
+        assert largest == 4 * 128 * 256
+        return
+    most = max(4 * (16 + 8) * matrix.long for matrix in found.values())
+    assert largest <= most < 4 * 128 * 256 / 4
 
 
 def test_what_a_step_takes_beside_full_adamw(written) -> None:
@@ -100,9 +96,9 @@ def test_what_a_step_takes_beside_full_adamw(written) -> None:
     What is left of the peak: activations, and of AdamW one layer's gradient at a time.
     """
     galore, adamw = (recipe_of(written("qwen3"), **SETTINGS[name]) for name in ("fp32", "adamw"))
-    found = list(matrices.matrices(model := real(galore, Levers(3))).values())
+    found = list(matrices.matrices(model := bare(galore, Levers(3))).values())
     ours = metered(model, galore, FEW, later=True)
-    theirs = metered(real(adamw, Levers(3)), adamw, FEW, later=True)
+    theirs = metered(bare(adamw, Levers(3)), adamw, FEW, later=True)
     weights = sum(matrix.weight.nbytes for matrix in found)
     low_rank = sum(4 * 16 * matrix.long for matrix in found)
     assert ours.static["weights"] == theirs.static["weights"]

@@ -305,13 +305,13 @@ VARIANTS = {
 def test_what_was_saved_goes_on_bit_for_bit_and_a_half_taken_step_leaves_nothing(kind: str, variant: str):
     """Stopped after 6 steps of an interval of 4, in the middle of sketches; the next 5 as without stopping.
 
-    The one that goes on begins its first step twice: two packs of four have come, then all is forgotten.
+    The one that goes on begins its first step twice: one pack of two has come, then all is forgotten.
     """
     settings = small(**VARIANTS[variant])
     made = {"dtype": torch.bfloat16 if kind == "bfloat16" else torch.float32, "bits": 8 if kind == "int8" else 0}
     one = Net(**made)
     update = galore(one, settings)
-    train(one, update, range(6), packs=4)
+    train(one, update, range(6), packs=2)
     weights = {name: p.detach().clone() for name, p in one.named_parameters()}
     scales = [m.scale.clone() for m in one.matrices if m.scale is not None]
     state = reloaded(update.state_dict())
@@ -325,10 +325,9 @@ def test_what_was_saved_goes_on_bit_for_bit_and_a_half_taken_step_leaves_nothing
         for m, scale in zip(other.matrices, scales, strict=False):
             m.scale.copy_(scale)
     again.load_state_dict(state)
-    for part in (slice(0, 2), slice(2, 4)):
-        other.loss(6, part).backward()
+    other.loss(6, slice(0, 4)).backward()
     again.zero_grad()
-    assert train(one, update, range(6, 11), packs=4) == train(other, again, range(6, 11), packs=4)
+    assert train(one, update, range(6, 11), packs=2) == train(other, again, range(6, 11), packs=2)
     for a, b in zip(one.values(), other.values(), strict=True):
         assert torch.equal(a, b)
     assert any(not torch.equal(weights[name], p) for name, p in one.named_parameters())

@@ -173,22 +173,22 @@ class Ours:
     @torch.no_grad()
     def round_to_nearest(self) -> None:
         """What lite does not offer: the weights, which are fp32 then, go to the nearest value of the other format."""
-        from lite.optim import int8
+        from lite.optim import blocks
 
         for weight in (module.weight for module in self.modules):
             if self.row.weights == "bfloat16-nearest":
                 weight.copy_(weight.to(torch.bfloat16))
             elif self.row.weights == "int8-nearest":
-                weight.copy_(int8.dequantised(*int8.quantised(weight), torch.float32))
+                weight.copy_(blocks.dequantised(*blocks.quantised(weight), torch.float32))
 
 
 def _matrix(module: nn.Linear, weights: str) -> Any:
-    from lite.optim import int8
+    from lite.optim import blocks
     from lite.optim.linear import trained_linear
     from lite.optim.matrix import Matrix
 
     if weights == "int8":
-        codes, scale = int8.quantised(module.weight.detach())
+        codes, scale = blocks.quantised(module.weight.detach())
         module.weight = nn.Parameter(codes, requires_grad=False)
         module.register_buffer("weight_scale", scale)
         matrix = Matrix(module.weight, scale)

@@ -15,7 +15,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lite.model import matrices
-from lite.optim import int8
+from lite.optim import blocks
 
 METHOD = "lite-int8"
 
@@ -30,7 +30,7 @@ class EightBits(QuantizationConfigMixin):
 
 @register_quantizer(METHOD)
 class Quantiser(HfQuantizer):
-    """Makes codes and scales (lite.optim.int8) of what is read, as `matrices.to_eight_bits` does of a loaded model."""
+    """Makes codes and scales (optim/blocks.py) of what is read, as `matrices.to_eight_bits` does of a loaded model."""
 
     def __init__(self, quantization_config: EightBits, **settings: Any) -> None:
         super().__init__(quantization_config, **settings)
@@ -43,7 +43,7 @@ class Quantiser(HfQuantizer):
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
         """Bytes of a number, by which room is made on the card."""
-        return 1 + 4 / int8.BLOCK if param_name in self.chosen else param.element_size()
+        return 1 + 4 / blocks.BLOCK if param_name in self.chosen else param.element_size()
 
     def get_quantize_ops(self) -> "Quantise":
         """What is called with each weight that needs it."""
@@ -90,6 +90,6 @@ class Quantise(ConversionOps):
                 self.quantiser.chosen.discard(name)
                 found[name] = weight
                 continue
-            codes, self.quantiser.scales[name] = int8.quantised(weight)
+            codes, self.quantiser.scales[name] = blocks.quantised(weight)
             found[name] = nn.Parameter(codes, requires_grad=False)
         return found

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from lite.errors import ModelError
 from lite.model.head import backbone
 from lite.model.layers import decoder_layers
-from lite.optim import int8
+from lite.optim import blocks
 from lite.optim.linear import trained_embedding, trained_linear
 from lite.optim.matrix import Matrix
 
@@ -38,8 +38,8 @@ def matrices(model: nn.Module) -> dict[str, Matrix]:
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
     """The plain linear layers of the decoder's blocks by name in `model`."""
-    blocks = {inner for layer in decoder_layers(model).values() for inner in layer.modules()}
-    return {name: m for name, m in model.named_modules() if m in blocks and type(m) is nn.Linear}
+    within = {inner for layer in decoder_layers(model).values() for inner in layer.modules()}
+    return {name: m for name, m in model.named_modules() if m in within and type(m) is nn.Linear}
 
 
 def feed(layer: nn.Linear | nn.Embedding) -> Matrix:
@@ -81,7 +81,7 @@ def to_eight_bits(model: PreTrainedModel, device: torch.device) -> int:
     """
     found = to_be_quantised(model)
     for layer in found.values():
-        codes, scale = int8.quantised(layer.weight.to(device))
+        codes, scale = blocks.quantised(layer.weight.to(device))
         layer.weight = nn.Parameter(codes, requires_grad=False)
         layer.register_buffer(SCALE, scale)
     model.to(device)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lite.device import kind
 from lite.loss.chunks import precise
-from lite.optim import int8
+from lite.optim import blocks
 from lite.optim.rounding import to_bfloat16
 
 CHUNK = 4 * 2**20  # weights that are updated at once: they stay in a CPU's cache
@@ -29,13 +29,13 @@ class Matrix:
     """W (out, in) in fp64, fp32, bf16 or eight bits; `weight` is the layer's own parameter, changed in place."""
 
     def __init__(self, weight: nn.Parameter, scale: Tensor | None = None, *, waits: bool = True) -> None:
-        """scale: of 8-bit codes (int8.py), the layer's own buffer. waits: whether updates may wait beside the weight.
+        """scale: of 8-bit codes (blocks.py), the layer's own buffer. waits: whether updates may wait beside the weight.
 
         They may where everything that computes with it asks `product` and `back`: the head's and embedding's do not.
         """
         self.weight, self.scale, self.waits = weight, scale, waits
         if scale is not None:
-            int8.grid(weight.device)  # so that no step is the first to need it
+            blocks.grid(weight.device)  # so that no step is the first to need it
         out, width = weight.shape
         self.transposed = out >= width  # whether G is the transpose of W's; of square ones as galore-torch has it
         self.short, self.long = min(out, width), max(out, width)
@@ -137,7 +137,7 @@ class Matrix:
             if self.scale is None:
                 rows.copy_(to_bfloat16(exact, generator))
             else:
-                int8.rounded_into_(rows, self.scale[self._blocks(start, stop)], exact, generator)
+                blocks.rounded_into_(rows, self.scale[self._blocks(start, stop)], exact, generator)
 
     @torch.no_grad()
     def wait(self, change: Tensor, decay: float) -> None:
@@ -176,7 +176,7 @@ class Matrix:
         """The stored weight in `dtype`: itself, or a copy for one product."""
         if self.scale is None:
             return self.weight.detach().to(dtype)
-        return int8.dequantised(self.weight, self.scale, dtype)
+        return blocks.dequantised(self.weight, self.scale, dtype)
 
     def _stored_rows(self, start: int, stop: int) -> Tensor:
         """A copy in `exact`; start and stop of 8-bit rows may lie within blocks."""
@@ -184,9 +184,9 @@ class Matrix:
         if self.scale is None:
             return rows.detach().to(self.exact, copy=True)
         width = self.weight.shape[1]
-        first = start * width // int8.BLOCK * int8.BLOCK
+        first = start * width // blocks.BLOCK * blocks.BLOCK
         codes = self.weight.view(-1)[first : stop * width]
-        exact = int8.dequantised(codes, self.scale[first // int8.BLOCK :], self.exact)
+        exact = blocks.dequantised(codes, self.scale[first // blocks.BLOCK :], self.exact)
         return exact[start * width - first :].view(rows.shape)
 
     def _factors(self, change: Tensor, start: int, stop: int) -> tuple[Tensor | None, Tensor]:
@@ -205,14 +205,14 @@ class Matrix:
 
     def _row_blocks(self) -> Iterator[tuple[int, int]]:
         out, width = self.weight.shape
-        whole = int8.BLOCK // math.gcd(int8.BLOCK, width)  # rows that are whole blocks of 8 bits
+        whole = blocks.BLOCK // math.gcd(blocks.BLOCK, width)  # rows that are whole blocks of 8 bits
         most = CHUNK_ON_CUDA if kind(self.weight) == "cuda" else CHUNK
         step = max(1, most // width // whole) * whole
         return ((start, min(start + step, out)) for start in range(0, out, step))
 
     def _blocks(self, start: int, stop: int) -> slice:
         width = self.weight.shape[1]
-        return slice(start * width // int8.BLOCK, -(-stop * width // int8.BLOCK))
+        return slice(start * width // blocks.BLOCK, -(-stop * width // blocks.BLOCK))
 
 
 def _added(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from lite.errors import ModelError
 from lite.model import matrices
 from lite.model.head import head_of
-from lite.optim import int8
+from lite.optim import blocks
 
 IDS = torch.tensor([[5, 9, 9, 30, 7, 100]])
 
@@ -49,8 +49,8 @@ def test_eight_bits_compute_as_the_dequantised_weights(tiny_model):
     twin = copy.deepcopy(model)
     assert matrices.to_eight_bits(model, torch.device("cpu")) == 4 * 7
     for name, layer in matrices.linears(twin).items():
-        codes, scale = int8.quantised(layer.weight.data)
-        layer.weight.data = int8.dequantised(codes, scale, torch.float32)
+        codes, scale = blocks.quantised(layer.weight.data)
+        layer.weight.data = blocks.dequantised(codes, scale, torch.float32)
         assert torch.equal(model.get_submodule(name).weight, codes)
     with torch.no_grad():
         torch.testing.assert_close(model(input_ids=IDS).logits, twin(input_ids=IDS).logits)

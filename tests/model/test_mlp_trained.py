@@ -10,7 +10,7 @@ from lite.memory.meter import Meter
 from lite.memory.tiles import tile_mlps
 from lite.model import matrices
 from lite.model.mlp import replace_mlps
-from lite.optim import int8, subspace
+from lite.optim import blocks, subspace
 from tests.architectures import tiny_config
 from tests.model.quantised import bytes_of, saved_tensors
 from tests.model.tiny import SIZES, tiny_model
@@ -26,7 +26,7 @@ def fed(*, bits: int = 32, replaced: bool = True, device: str = "cpu") -> nn.Mod
     for layer in mlp.children():
         if isinstance(layer, nn.Linear):
             if bits == 8:
-                codes, scale = int8.quantised(layer.weight.data)
+                codes, scale = blocks.quantised(layer.weight.data)
                 layer.weight = nn.Parameter(codes, requires_grad=False)
                 layer.register_buffer(matrices.SCALE, scale)
             matrices.feed(layer)

@@ -16,7 +16,7 @@ from lite.errors import ExportError, ModelError
 from lite.memory.embedding import host_embedding
 from lite.memory.meter import Meter
 from lite.model import shards, whole_files
-from lite.optim import int8
+from lite.optim import blocks
 from lite.optim.matrix import Matrix
 from lite.reference.weights import tensors_digest
 
@@ -109,7 +109,7 @@ def test_codes_become_plain_weights(tiny_model, tmp_path: Path, waiting: bool) -
     """Values (code − 128) / 127 · scale of 128 in a row, plus P A where updates wait, rounded once to bf16."""
     model = base(tiny_model, tmp_path / "base", "llama")
     module = model.model.layers[1].mlp.up_proj  # (96, 64)
-    codes, scale = int8.quantised(module.weight.detach())
+    codes, scale = blocks.quantised(module.weight.detach())
     expected = (codes.view(-1, 128).float() - 128) / 127 * scale[:, None]
     module.weight = nn.Parameter(codes, requires_grad=False)
     module.register_buffer("weight_scale", scale)

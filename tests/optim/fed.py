@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from lite.optim import int8, subspace
+from lite.optim import blocks, subspace
 from lite.optim.matrix import Matrix
 
 RANK = 4
@@ -23,7 +23,7 @@ def matrix(out: int, width: int, *, dtype: torch.dtype = torch.float32, seed: in
     """With a random basis; bits = 8: codes and scales."""
     weight = normal(out, width, seed=seed, dtype=dtype)
     if bits == 8:
-        codes, scale = int8.quantised(weight)
+        codes, scale = blocks.quantised(weight)
         made = Matrix(nn.Parameter(codes, requires_grad=False), scale)
     else:
         made = Matrix(nn.Parameter(weight))

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from lite.optim import int8
+from lite.optim import blocks
 from lite.optim.galore import GaLore
 from lite.optim.linear import trained_linear
 from lite.optim.matrix import Matrix
@@ -32,7 +32,7 @@ class Net(nn.Module):
         )
         self.matrices: list[Matrix] = []
         if bits == 8:
-            pairs = [int8.quantised(w) for w in weights]
+            pairs = [blocks.quantised(w) for w in weights]
             self.weights = nn.ParameterList(nn.Parameter(codes, requires_grad=False) for codes, _ in pairs)
             self.matrices = [Matrix(w, scale) for w, (_, scale) in zip(self.weights, pairs, strict=True)]
         else:

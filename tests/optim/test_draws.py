@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lite.optim import int8
+from lite.optim import blocks
 from lite.optim.galore import GaLore
 from lite.optim.matrix import Matrix
 from lite.optim.moments import Adam
@@ -40,7 +40,7 @@ class Rig:
     def matrix(self, weight: Tensor) -> Matrix:
         if self.kind == "bfloat16":
             return Matrix(nn.Parameter(weight.bfloat16()))
-        codes, scale = int8.quantised(weight)
+        codes, scale = blocks.quantised(weight)
         return Matrix(nn.Parameter(codes, requires_grad=False), scale)
 
     def values(self) -> dict[str, Tensor]:

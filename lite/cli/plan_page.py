@@ -127,6 +127,8 @@ def _reach(plan: "Plan") -> str:
     """How long an example may be."""
     recomputed = plan.settings.levers.recompute_layers
     all_of_them = ", every layer recomputed" if 0 < recomputed < plan.layers else ""
+    if not plan.longest_pair_tokens:
+        return "none would fit"
     what = "one completion of" if plan.settings.split_pairs else "with these levers"
     return f"{what} {plan.longest_pair_tokens:,} would fit{all_of_them}"
 

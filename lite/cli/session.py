@@ -27,6 +27,7 @@ INTERRUPTED = 130
 # What training on must share with a run, beside its model and the loss's own settings; an adapter brings its own.
 SAME = ("loss", "load_in_4bit", "load_in_8bit", "ref", "ref_adapter", "ref_load_in_4bit", "chat_template", "columns")
 OF_FULL = ("train_embeddings", "int8_weights", "dtype")  # an AdamW trains whole weights in fp32 alone
+OF_GALORE = tuple(key for key in Recipe.model_fields if key.startswith("galore_"))
 
 
 def train(recipe: Recipe, *, as_json: bool) -> int:
@@ -101,7 +102,7 @@ def following(run: "Run") -> list[str]:
     elif recipe.signature.reference:
         judged += " --ref start"
     other = f"    lite what-if {folder}" if run.result["eval_after"] else ""
-    same = options.otherwise(recipe, [*(OF_FULL if recipe.full else ()), *SAME])
+    same = options.otherwise(recipe, [*((*OF_FULL, *OF_GALORE) if recipe.full else ()), *SAME])
     export = f"lite export {folder} --to gguf --type q4_k_m"
     if recipe.full:
         left = f"model     {run.model}"

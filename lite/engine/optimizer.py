@@ -1,5 +1,6 @@
 """The optimizer of a recipe, over the parameters that train, and the norm of their gradients."""
 
+import logging
 from collections.abc import Iterable
 
 import torch
@@ -13,6 +14,8 @@ from lite.optim.matrix import Matrix
 from lite.optim.moments import Adam
 from lite.optim.projected import Subspaces
 from lite.recipe import Recipe
+
+log = logging.getLogger(__name__)
 
 
 def require(recipe: Recipe, device: torch.device) -> None:
@@ -78,6 +81,16 @@ def _galore(model: nn.Module, recipe: Recipe, numbers: list[Tensor]) -> GaLore:
     found = list(matrices.matrices(model).values())
     fed = {id(matrix.weight) for matrix in found}
     vectors = [p for p in model.parameters() if p.requires_grad and id(p) not in fed]
+    projected = sum(matrix.short > recipe.galore_rank for matrix in found)
+    if not projected:
+        widest = max(matrix.short for matrix in found)
+        raise RecipeError(
+            f"galore_rank = {recipe.galore_rank}: no matrix of this model is larger than that on its shorter side "
+            f"({widest} at most), so none would be projected. Take a smaller --galore-rank."
+        )
+    if next(model.parameters()).device.type != "meta":
+        small = f"; {len(found) - projected} no larger than that are trained whole" if projected < len(found) else ""
+        log.info("%d of %d matrices are projected, by rank %d%s", projected, len(found), recipe.galore_rank, small)
     return GaLore(
         found,
         vectors,

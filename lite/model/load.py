@@ -142,8 +142,7 @@ def load_model(recipe: Recipe, *, host_layers: int = 0) -> PreTrainedModel:
     ]
     advice = "Fetch the checkpoint again, whole, with its own config.json."
     raise_collected(ModelError, f"{source}: config.json and weights do not fit:", problems, advice)
-    model.config.use_cache = False
-    model.config._commit_hash = commit
+    model.config.use_cache, model.config._commit_hash = False, commit
     model.requires_grad_(False).eval()
     if host_layers:
         with _explained(recipe, source, "model"):
@@ -176,6 +175,8 @@ def _source(recipe: Recipe, *, alone: bool = False) -> str:
         problems.append(f"revision = {recipe.revision!r} is of a hub name; a folder has none. Leave it out.")
     if not (folder / "config.json").is_file():
         hint = " It is an adapter: pass it as --adapter." if (folder / "adapter_config.json").is_file() else ""
+        run = (folder / "recipe.yaml").is_file()
+        hint = f" It is a run: name its model, {folder}/model, or pass it as --run." if run else hint
         problems.append(f"there is no config.json in it.{hint}")
     if not alone and not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
         problems.append("there are no weights in it (*.safetensors or pytorch_model*.bin).")

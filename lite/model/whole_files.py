@@ -28,7 +28,7 @@ from lite.recipe import Recipe
 log = logging.getLogger(__name__)
 
 ADVICE = shards.Advice(
-    room="Make room, or lift the limit on the size of files; then let the run go on from its last checkpoint.",
+    room="Make room, or lift the limit on the size of files.",
     not_finite="Expected finite numbers: the training has diverged. Start it again with a lower --learning-rate.",
 )
 

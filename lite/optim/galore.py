@@ -115,7 +115,7 @@ class GaLore(torch.optim.Optimizer):
         if "numbers" in groups:
             self.numbers.step(self.adam, groups["numbers"]["lr"], 1.0, self.steps, self._draws)
         squares = [one.squares for one in self.projected if one.squares is not None]
-        names = ("galore/norm", "galore/true_norm")
+        names = ("galore/refreshed_seen_norm", "galore/refreshed_norm")
         self._told = {n: torch.stack(s).sum().sqrt() for n, s in zip(names, zip(*squares, strict=True), strict=False)}
         self.zero_grad()
 
@@ -133,7 +133,8 @@ class GaLore(torch.optim.Optimizer):
     def told(self) -> dict[str, Tensor]:
         """Norms of the gradients of those matrices whose subspace the last step looked for; empty if it did for none.
 
-        `galore/norm` as their old subspaces saw them, `galore/true_norm` as they were; from a sketch, an estimate. ().
+        `galore/refreshed_seen_norm` as their old subspaces saw them, `galore/refreshed_norm` as they were, of which a
+        sketch gives an estimate. ().
         """
         return self._told
 

@@ -97,7 +97,10 @@ def speaking(
     """
     source = source_of(name, base=base)
     if compare and source.adapter is None:
-        raise ModelError(f"--compare: {name} has no adapter to switch off, so there is nothing to compare with.")
+        raise ModelError(
+            f"--compare: {name} has no adapter to switch off: a whole model is there. Talk to what it was made of by "
+            "itself, `lite chat MODEL`; or compare their numbers, `lite score --run RUN --ref start`."
+        )
     tokenizer = AutoTokenizer.from_pretrained(str(source.files))
     template = read_template(tokenizer)
     model = _loaded(source, machine or {})

@@ -207,9 +207,9 @@ def require_same(folder: Path, identity: Mapping[str, Any], *, but: str = "") ->
         source = now["recipe"]["data"]
         changed.append(f"data: the rows of {source} (or its held-out rows) are not those that it began with")
     if before.get("loss") != now.get("loss", before.get("loss")):
-        name = now["recipe"].get("loss") or now["recipe"]["method"]
-        changed.append(f"method: the file of {name} is not as it was")
-    changed += [f"model: {what}" for what in _changes(before["model"], now.get("model"))]
+        changed.append(f"method: the file of {now['recipe'].get('loss') or now['recipe']['method']} is not as it was")
+    but_model = "" if "weights" in before["model"] else "weights"  # a run of an earlier lite has no mark of them
+    changed += [f"model: {what}" for what in _changes(before["model"], now.get("model"), but_model)]
     advice = "Put it back as it was; `--max-steps` alone may be raised, by name. Or start a new run with --recipe."
     raise_collected(RunError, f"{folder} cannot go on, for this has changed since it started:", changed, advice)
 

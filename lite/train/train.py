@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import GenerationConfig
 
 from lite.data.template import AUTO, NONE
-from lite.errors import RunError
+from lite.errors import ExportError, RunError
 from lite.model import adapters, trained, trained_with, whole_files
 from lite.model.head import unwrapped
 from lite.model.origin import folder_of, weights_mark
@@ -185,7 +185,10 @@ def _leave(work: Work, folder: Path) -> None:
         checkpoints.publish(folder / trained.ADAPTER, lambda unfinished: _save_adapter(work, unfinished))
     else:
         work.progress.stage("saving the model")
-        checkpoints.publish(folder / trained.WHOLE, lambda unfinished: _save_model(work, unfinished))
+        try:
+            checkpoints.publish(folder / trained.WHOLE, lambda unfinished: _save_model(work, unfinished))
+        except ExportError as error:
+            raise RunError(f"{error}\nThen: `{interrupt.command(folder)}`.") from None
 
 
 def _save_adapter(work: Work, folder: Path) -> None:

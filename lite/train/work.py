@@ -28,6 +28,7 @@ from lite.memory.levers import Levers, pull
 from lite.model import load, trained
 from lite.model.attention import install
 from lite.model.head import unwrapped
+from lite.model.origin import weights_mark
 from lite.model.trained import Trained
 from lite.plan.plan import Plan
 from lite.recipe import Recipe
@@ -230,7 +231,10 @@ def loss_identity(recipe: Recipe) -> str | None:
 
 
 def _model_identity(recipe: Recipe, model: Trained, reference: Reference | None) -> dict[str, Any]:
-    """The model's name and, of a folder, the sizes of its files; of the hub, the commit; and its reference, if any."""
+    """The model's name and, of a folder, its files' sizes and a mark of the weights; of the hub, the commit.
+
+    And its reference, if any.
+    """
     config = unwrapped(model).config
     folder = Path(config.name_or_path)
     compared = {"reference": reference.identity.key.hex()} if isinstance(reference, Cached) else {}
@@ -238,4 +242,5 @@ def _model_identity(recipe: Recipe, model: Trained, reference: Reference | None)
         return {"name": recipe.model, "commit": config._commit_hash, **compared}
     patterns = ("config.json", "*.safetensors", "*.bin")
     files = sorted(path for pattern in patterns for path in folder.glob(pattern))
-    return {"name": recipe.model, "files": {path.name: path.stat().st_size for path in files}, **compared}
+    sizes = {path.name: path.stat().st_size for path in files}
+    return {"name": recipe.model, "files": sizes, "weights": weights_mark(folder), **compared}

@@ -83,7 +83,10 @@ def test_every_weight_as_a_user_types_it(run: Path, capsys: pytest.CaptureFixtur
     assert main(["resume", str(folder)]) == 0
     page = capsys.readouterr().out
     assert f"model     {folder}/model" in page
-    assert f"lite orpo --model {folder}/model --galore --int8-weights --dtype float32 --data MORE.jsonl" in page
+    assert (
+        f"lite orpo --model {folder}/model --galore --int8-weights --dtype float32 --galore-rank 8 --data MORE.jsonl"
+        in page
+    )
     assert main(["score", "--run", str(folder / "model")]) == 2
     assert f"`--run {folder}` or `--model {folder}/model`" in capsys.readouterr().err
 

@@ -102,6 +102,11 @@ def test_galore_takes_each_weight_once_with_the_recipes_rates(tiny_model) -> Non
     assert {group["name"]: group["lr"] for group in update.param_groups}["vectors"] == 0.03
 
 
+def test_a_rank_that_projects_nothing_is_refused(tiny_model) -> None:
+    with pytest.raises(RecipeError, match=r"galore_rank = 64: no matrix .* \(64 at most\), so none would be projected"):
+        galore(tiny_model("llama"), galore_rank=64)
+
+
 def test_galore_settings_arrive(tiny_model) -> None:
     changes = {
         "galore_update_interval": 30,

@@ -124,6 +124,18 @@ def test_a_setting_that_an_earlier_lite_had_not_was_at_its_default(folder: Path)
             run.require_same(folder, changed)
 
 
+def test_other_weights_of_the_same_size_are_told_apart(tmp_path: Path, folder: Path) -> None:
+    """By their mark; a run of an earlier lite has none, and goes on."""
+    now = copy.deepcopy(IDENTITY)
+    now["model"]["weights"] = "plain:2"
+    run.require_same(folder, now)
+    before = copy.deepcopy(now)
+    before["model"]["weights"] = "plain:1"
+    run.write_json(folder / run.IDENTITY, before)
+    with pytest.raises(RunError, match="model: weights: was 'plain:1', is 'plain:2'"):
+        run.require_same(folder, now)
+
+
 def test_max_steps_changes_by_name_only(folder: Path) -> None:
     now = copy.deepcopy(IDENTITY)
     now["recipe"]["max_steps"] = 9

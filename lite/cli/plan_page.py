@@ -45,6 +45,7 @@ def show(plan: "Plan", following: Iterable[str]) -> None:
         Text(f"\n{plan.recipe.model}, {_kind(plan)}, {plan.recipe.method}, {_trained(plan)}, on {where}\n"),
         Text(f"{verdict}: {in_gib(plan.peak_bytes)} of {in_gib(target.budget_bytes)}\n", style="bold"),
         sep="",
+        soft_wrap=True,
     )
     page.print(_bars(plan), "")
     for name, text in _facts(plan, words.settings(plan)):

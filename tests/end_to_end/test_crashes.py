@@ -68,6 +68,7 @@ def test_they_did_die(outcomes: dict[str, dict]) -> None:
     assert any("checkpoint-3" in found["had"] for found in killed)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("death", "had"),
     [

@@ -146,8 +146,9 @@ def rows_of(folder: Path) -> list[tuple]:
         connection.close()
 
 
-def test_killed_ten_times_it_leaves_the_same_bytes(tmp_path: Path) -> None:
-    """kill −9 after a random number of packs, ten times; then finished: bitwise the rows of an uninterrupted fill.
+@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.nightly)])
+def test_killed_again_and_again_it_leaves_the_same_bytes(kills: int, tmp_path: Path) -> None:
+    """kill −9 after a random number of packs; then finished: bitwise the rows of an uninterrupted fill.
 
     Nothing that was committed is computed again: what the last process computes is what was missing.
     """
@@ -163,7 +164,7 @@ def test_killed_ten_times_it_leaves_the_same_bytes(tmp_path: Path) -> None:
     assert run(whole).stdout.strip() == "60"
     draw = random.Random(3)
     seen = 0
-    for _ in range(10):
+    for _ in range(kills):
         ended = run(killed, str(draw.randint(1, 3)))
         if ended.returncode == 0:
             break

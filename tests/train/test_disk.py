@@ -51,7 +51,7 @@ def by_adamw(name: str) -> dict[str, object]:
     "changes",
     [
         pytest.param({}, id="8-bit states"),
-        pytest.param({"galore_states": "float32", "int8_weights": True, "galore_rank": 32}, id="small matrices"),
+        pytest.param({"galore_states": "float32", "int8_weights": True, "galore_rank": 20}, id="small matrices"),
         pytest.param(
             {"galore_merge": "refresh", "galore_projection": "random", "train_embeddings": True}, id="waiting"
         ),

@@ -26,7 +26,7 @@ from lite.optim.moments import Adam
 from lite.optim.projected import Projected
 from lite.train import Interrupted, resume
 
-TIMED = 8
+TIMED = int(os.environ.get("LITE_RANDOM_DEATHS", "3"))  # beside those in certain moments
 SAVING = ".unfinished-checkpoint-6"  # the checkpoint that the untimed deaths are in
 INTERRUPTED = 7
 
@@ -49,7 +49,7 @@ def main(folder: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
     outcomes = {}
     for number in range(TIMED):
         # Drawn from the whole time in which the run has a folder: between the first line and the result.
-        delay_s = draw.uniform(0, after_set_up_s)
+        delay_s = draw.uniform(number, number + 1) / TIMED * after_set_up_s
         name = f"after {number + 1} of {TIMED} random delays"
         outcomes[name] = attempt(folder / f"timed-{number}", settings, reference, kill_after_s=delay_s)
     for name, arm in DEATHS.items():

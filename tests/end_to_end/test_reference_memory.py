@@ -13,7 +13,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from tests.tiny import tiny_settings
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 LARGE = 250e6  # bytes of the reference's weights, of which the policy's run may keep a tenth
 

@@ -116,10 +116,8 @@ def test_trained_weights_do_not_leave_the_card(shaped) -> None:
         Recipe(**{**recipe.resolved(), **change})  # that may be asked for together
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("model", "int8"), [("llama-8b", False), pytest.param("qwen-14b", True, marks=pytest.mark.nightly)]
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize(("model", "int8"), [("llama-8b", False), ("qwen-14b", True)])
 def test_every_weight_in_24_gb(model: str, int8: bool) -> None:
     """At least 4,096 tokens a pack in 22.5 GiB, by the law of a few layers."""
     recipe = Recipe(model=model, galore=True, int8_weights=int8, vram="24GB")

@@ -132,7 +132,7 @@ def test_the_card_that_is_named_is_large_enough() -> None:
         assert usable[0] < needed <= usable[1]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_24_gb_hold_long_pairs() -> None:
     """Qwen2.5-14B, NF4, r = 16, in one pack by plan: with embedding and inputs on the host 58k tokens, tiled 100k."""
     fixed = {"chunk_tokens": 1024, "embedding_on_host": True, "offload_checkpoints": True}

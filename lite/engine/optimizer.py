@@ -10,7 +10,6 @@ from lite.engine.scalars import Scalars
 from lite.errors import RecipeError
 from lite.model import matrices
 from lite.optim.galore import GaLore
-from lite.optim.matrix import Matrix
 from lite.optim.moments import Adam
 from lite.optim.projected import Subspaces
 from lite.recipe import Recipe
@@ -78,10 +77,8 @@ def kinds_in_state(recipe: Recipe) -> list[type]:
 
 
 def _galore(model: nn.Module, recipe: Recipe, numbers: list[Tensor]) -> GaLore:
-    found = list(matrices.matrices(model).values())
-    fed = {id(matrix.weight) for matrix in found}
-    vectors = [p for p in model.parameters() if p.requires_grad and id(p) not in fed]
-    projected = sum(matrix.short > recipe.galore_rank for matrix in found)
+    found, settings = list(matrices.matrices(model).values()), subspaces(recipe)
+    projected = sum(settings.project(matrix) for matrix in found)
     if not projected:
         widest = max(matrix.short for matrix in found)
         raise RecipeError(
@@ -93,27 +90,17 @@ def _galore(model: nn.Module, recipe: Recipe, numbers: list[Tensor]) -> GaLore:
         log.info("%d of %d matrices are projected, by rank %d%s", projected, len(found), recipe.galore_rank, small)
     return GaLore(
         found,
-        vectors,
-        subspaces(recipe),
+        matrices.vectors(model),
+        settings,
         Adam(recipe.adam_beta1, recipe.adam_beta2, recipe.adam_epsilon),
         lr=recipe.peak_learning_rate,
         small_lr=recipe.peak_vector_learning_rate,
         weight_decay=recipe.weight_decay,
         numbers=numbers,
         numbers_lr=recipe.scalar_learning_rate,
-        dtype=_computes_in(model, found),
+        dtype=matrices.computes_in(model),
         seed=recipe.seed,
     )
-
-
-def _computes_in(model: nn.Module, found: list[Matrix]) -> torch.dtype:
-    """The dtype of activations: of plain weights theirs, beside codes of 8 bits what the model was loaded in.
-
-    Norms and embeddings may be kept in another.
-    """
-    if any(matrix.scale is not None for matrix in found):
-        return model.config.dtype
-    return found[0].weight.dtype
 
 
 def _adamw(trained: list[nn.Parameter], recipe: Recipe, numbers: list[Tensor]) -> torch.optim.Optimizer:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lite.errors import ModelError
-from lite.model.head import backbone
 from lite.model.layers import decoder_layers
 from lite.optim import blocks
 from lite.optim.linear import trained_embedding, trained_linear
@@ -34,6 +33,21 @@ def matrices(model: nn.Module) -> dict[str, Matrix]:
         if matrix is not None and not any(matrix is other for other in found.values()):
             found[name] = matrix
     return found
+
+
+def vectors(model: nn.Module) -> list[nn.Parameter]:
+    """The trained parameters that feed no Matrix."""
+    fed = {id(matrix.weight) for matrix in matrices(model).values()}
+    return [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in fed]
+
+
+def computes_in(model: PreTrainedModel) -> torch.dtype:
+    """The dtype of activations: of plain weights theirs, beside codes of 8 bits what the model was loaded in.
+
+    Norms and embeddings may be kept in another.
+    """
+    found = list(matrices(model).values())
+    return model.config.dtype if any(matrix.scale is not None for matrix in found) else found[0].weight.dtype
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
@@ -99,7 +113,6 @@ def require_embedding(model: PreTrainedModel) -> nn.Embedding:
             f"train_embeddings = True: the input embedding is a {type(embedding).__name__}; expected a plain table. "
             "Leave train_embeddings out: the embedding and the head then stay as they are."
         )
-    assert backbone(model) is not model
     return embedding
 
 

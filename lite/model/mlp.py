@@ -19,6 +19,7 @@ from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
 from lite.model.frozen import product, weight_of
 from lite.model.lora import Adapted, adapted
+from lite.model.matrices import matrix_of
 from lite.optim.matrix import Matrix
 
 
@@ -66,7 +67,7 @@ def forward(mlp: nn.Module, x: Tensor) -> Tensor:
     that feeds a Matrix.
     """
     gate, up = _halves(mlp, x)
-    activation, matrix = _activation(mlp), getattr(mlp.down_proj, "matrix", None)
+    activation, matrix = _activation(mlp), matrix_of(mlp.down_proj)
     fed = matrix is not None and mlp.down_proj.bias is None
     parts = None if fed else adapted(mlp.down_proj, gate)
     if (parts is None and not fed) or gate.dtype != up.dtype:

@@ -44,10 +44,9 @@ def attach(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
         matrices.require_embedding(model)
         for end in (embedding, head):
             chosen |= {f"{type(end).__name__}.{name}": p for name, p in end.named_parameters()}
-    galore = recipe.optimizer == "galore"
-    if not galore:
+    if recipe.optimizer != "galore":
         _require_precise(recipe, chosen)
-    if galore:
+    else:
         layers = list(matrices.linears(model).values()) + ([embedding, head] if recipe.train_embeddings else [])
         _require_known(model, chosen, layers)
         for layer in layers:

@@ -49,11 +49,11 @@ class GaLore(torch.optim.Optimizer):
     ) -> None:
         """small_lr: of vectors and small matrices. weight_decay: of matrices alone. dtype: that layers compute in."""
         self.adam, self.steps, self._draws = adam, 0, Draws(seed)
-        large = [m for m in matrices if m.short > subspaces.rank]
+        large = [m for m in matrices if subspaces.project(m)]
         self.projected = [
             Projected(m, subspaces, self._draws, dtype, index=i, count=len(large)) for i, m in enumerate(large)
         ]
-        self.small = [m for m in matrices if m.short <= subspaces.rank]
+        self.small = [m for m in matrices if not subspaces.project(m)]
         self.vectors, self.numbers = Vectors(vectors), Vectors(numbers, hooks=False)
         self._of_small = [Moments(m.canonical_shape, "float32", m.exact, m.weight.device) for m in self.small]
         self._coefficient: Tensor | float = 1.0

@@ -8,7 +8,7 @@ import torch
 from bitsandbytes.functional import create_dynamic_map
 from torch import Tensor, nn
 
-from lite.optim.rounding import to_bfloat16
+from lite.optim.rounding import by_chance, to_bfloat16
 
 States = Literal["float32", "bfloat16", "8bit"]
 BLOCK = 256  # numbers that share a scale in eight bits
@@ -104,10 +104,7 @@ def _quantised(value: Tensor, values: Tensor, generator: torch.Generator | None)
     below = torch.bucketize(part, values, out_int32=True, right=True).sub_(1).clamp_(0, len(values) - 2)
     lower, upper = values.index_select(0, below), values.index_select(0, below + 1)
     chance = part.sub_(lower).div_(upper.sub_(lower))
-    noise = torch.empty_like(chance)
-    if not noise.is_meta:
-        noise.uniform_(generator=generator)
-    return below.add_(noise < chance).to(torch.uint8), scale
+    return below.add_(by_chance(chance, generator)).to(torch.uint8), scale
 
 
 _MAPS: dict[tuple[bool, str], Tensor] = {}

@@ -31,6 +31,10 @@ class Subspaces:
     staggered: bool = True  # over the interval; else all matrices are refreshed in the same step, the first one too
     turned: bool = True  # whether moments are turned into a new subspace; else they are taken for its own
 
+    def project(self, matrix: Matrix) -> bool:
+        """Whether a matrix is projected: in a subspace as wide as its shorter side there would be nothing to gain."""
+        return matrix.short > self.rank
+
 
 def first_refreshes(index: int, count: int, settings: Subspaces) -> tuple[int, int]:
     """The steps of the first two refreshes of matrix `index` of `count`; from there on they are an interval apart."""

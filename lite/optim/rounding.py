@@ -34,7 +34,12 @@ def to_integer_(exact: Tensor, generator: torch.Generator | None) -> Tensor:
     Not floor(x + u), for in fp32 x + u is rounded itself: a whole x could go up, and a part of a thousandth is lost.
     """
     chance = exact - exact.floor()
-    noise = torch.empty_like(exact)
+    return exact.floor_().add_(by_chance(chance, generator))
+
+
+def by_chance(chance: Tensor, generator: torch.Generator | None) -> Tensor:
+    """True with each number's probability, independently; on meta, where nothing is drawn, room for it."""
+    noise = torch.empty_like(chance)
     if not noise.is_meta:
         noise.uniform_(generator=generator)
-    return exact.floor_().add_(noise < chance)
+    return noise < chance

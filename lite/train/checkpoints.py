@@ -58,6 +58,11 @@ def publish(final: Path, fill: Callable[[Path], object]) -> None:
     sync(final.parent)
 
 
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that is there."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+
+
 def sync_all(folder: Path) -> None:
     """Have the system write a folder with all that is in it to the disk."""
     for path in sorted(folder.rglob("*")):

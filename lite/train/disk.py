@@ -22,6 +22,7 @@ from lite.optim.moments import Moments, States
 from lite.optim.subspace import sketch_width
 from lite.recipe import Recipe
 from lite.sizes import in_gib
+from lite.train import checkpoints
 
 META = torch.device("meta")
 SMALL = 4096  # numbers: tensors up to here have their moments in fp32 by bitsandbytes
@@ -69,9 +70,8 @@ def require_room(
     With the recipe's `force`, or to `go_on` with a run, it is only said.
     """
     most = needed(recipe, model, steps)
-    above = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     files = (file for name in OURS for file in (folder / name).rglob("*") if file.is_file())
-    free = shutil.disk_usage(above).free + sum(file.stat().st_size for file in files)
+    free = shutil.disk_usage(checkpoints.existing(folder)).free + sum(file.stat().st_size for file in files)
     told = f"checkpoints and the model take up to {in_gib(most.most)} in {folder}, {in_gib(free)} are free"
     note(f"disk: {told}")
     if most.most <= free or recipe.force:
@@ -91,18 +91,16 @@ def require_room(
 
 def optimizer_bytes(recipe: Recipe, model: nn.Module) -> int:
     """What the recipe's optimizer keeps in a checkpoint, once every parameter has had a gradient."""
-    found = list(matrices.matrices(model).values())
-    fed = {id(matrix.weight) for matrix in found}
-    others = [p for p in model.parameters() if p.requires_grad and id(p) not in fed]
+    others = matrices.vectors(model)
     if recipe.optimizer == "galore":
-        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        found, dtype = matrices.matrices(model).values(), matrices.computes_in(model)
         return sum(_of_matrix(recipe, matrix, dtype) for matrix in found) + sum(8 * p.numel() for p in others)
     return sum(_of_parameter(recipe, parameter) for parameter in others)
 
 
 def _of_matrix(recipe: Recipe, matrix: Matrix, dtype: torch.dtype) -> int:
     settings, exact = subspaces(recipe), matrix.exact
-    if matrix.short <= settings.rank:
+    if not settings.project(matrix):
         return _moments(matrix.canonical_shape, "float32", exact)
     basis = matrix.short * settings.rank * dtype.itemsize
     waits = settings.merge_at_refresh and matrix.waits

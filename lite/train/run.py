@@ -86,7 +86,7 @@ class Run:
 def require_free(recipe: Recipe) -> None:
     """Raise RunError if a run of the recipe cannot have its folder: to be asked before any work."""
     folder = Path(recipe.output_dir or RUNS)
-    above = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    above = checkpoints.existing(folder)
     if not os.access(above, os.W_OK):
         raise _unwritable(folder, f"{above} cannot be written to")
     if recipe.output_dir is None:

@@ -49,7 +49,8 @@ def main(folder: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
     outcomes = {}
     for number in range(TIMED):
         # Drawn from the whole time in which the run has a folder: between the first line and the result.
-        delay_s = draw.uniform(number, number + 1) / TIMED * after_set_up_s
+        # The first at once, before there is any checkpoint.
+        delay_s = draw.uniform(number, number + 1) / TIMED * after_set_up_s if number else 0.0
         name = f"after {number + 1} of {TIMED} random delays"
         outcomes[name] = attempt(folder / f"timed-{number}", settings, reference, kill_after_s=delay_s)
     for name, arm in DEATHS.items():

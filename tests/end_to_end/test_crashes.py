@@ -63,7 +63,8 @@ def test_every_death_leaves_what_no_death_leaves(outcomes: dict[str, dict]) -> N
 def test_they_did_die(outcomes: dict[str, dict]) -> None:
     """At chosen moments, and at random ones, of which LITE_RANDOM_DEATHS says how many."""
     killed = [found for found in outcomes.values() if found["ended"] == -9]
-    assert len(killed) >= 6
+    assert len(killed) >= max(6, len(outcomes) - 5)
+    assert any(not found["had"] for found in killed)
     assert any("checkpoint-3" in found["had"] for found in killed)
 
 

@@ -23,6 +23,7 @@ ROOMS = ["bundled", "errors", "spellings", "flat_yaml", "sizes", "hyperparameter
 ROOMS += ["settings", "misfits", "recipe"]
 ROOMS += [
     "device",
+    "kernels",
     "loss",
     "optim",
     "data",
@@ -57,6 +58,7 @@ PACKAGES = {
     "misfits": {"pydantic"},
     "recipe": {"pydantic", "yaml"},
     "device": MATHEMATICS,
+    "kernels": MATHEMATICS | {"triton"},
     "loss": MATHEMATICS | {"liger_kernel", "triton"},
     "optim": MATHEMATICS | {"bitsandbytes"},
     "data": DATA,

@@ -44,9 +44,10 @@ def _rotate(
     cos_2 = tl.load(cos + table + HALF, mask=column < HALF, other=0.0).to(tl.float32)[None, :]
     sin_1 = tl.load(sin + table, mask=column < HALF, other=0.0).to(tl.float32)[None, :]
     sin_2 = tl.load(sin + table + HALF, mask=column < HALF, other=0.0).to(tl.float32)[None, :]
+    wide = column[None, :].to(tl.int64)  # a last dimension of any stride
     start = x + batch * batch_stride + token * token_stride + head.to(tl.int64)[:, None] * head_stride
-    x_1 = tl.load(start + column[None, :] * stride, mask=inside, other=0.0).to(tl.float32)
-    x_2 = tl.load(start + (column[None, :] + HALF) * stride, mask=inside, other=0.0).to(tl.float32)
+    x_1 = tl.load(start + wide * stride, mask=inside, other=0.0).to(tl.float32)
+    x_2 = tl.load(start + (wide + HALF) * stride, mask=inside, other=0.0).to(tl.float32)
     if BACKWARD:
         other_1 = (x_2 * sin_2).to(dtype).to(tl.float32)
         other_2 = -(x_1 * sin_1).to(dtype).to(tl.float32)

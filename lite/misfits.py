@@ -142,6 +142,7 @@ def _beside_full(asked: Mapping[str, Any], fields: Mapping[str, FieldInfo], word
     texts = {
         "load_in_4bit": "quantised weights cannot be trained. Leave it out, or take --galore --int8-weights.",
         "layers_on_host": "only frozen layers lie on the host, and these are trained. Leave it out.",
+        "keep_weights": "only frozen weights are dequantised for a product, and these are trained. Leave it out.",
         "adapter": "whole weights are trained. Put it into its base first: "
         f"lite merge {asked.get('adapter')} -o MODEL, then --model MODEL.",
         "run": f"whole weights are gone on from by --model {asked.get('run')}/model. "
@@ -161,6 +162,7 @@ def _beside_full(asked: Mapping[str, Any], fields: Mapping[str, FieldInfo], word
 # Levers that only recomputed layers have, and what each of them needs.
 OF_RECOMPUTED = {
     "keep_attention": "keeps what attention gave for the layer's second forward",
+    "keep_weights": "keeps what the layer's second forward dequantised",
     "offload_checkpoints": "moves the inputs of recomputed layers",
     "layers_on_host": "takes a layer's weights away before its backward",
 }

@@ -214,6 +214,12 @@ class Settings(BaseModel):
         panel="Memory",
         planned=True,
     )
+    keep_weights: bool | None = setting(
+        None,
+        "Recomputed layers keep what they dequantise from then until their backward, one layer at a time.",
+        panel="Memory",
+        planned=True,
+    )
     offload_checkpoints: bool | None = setting(
         None, "The inputs of recomputed layers wait in host memory.", panel="Memory", planned=True
     )

@@ -5,6 +5,7 @@ transformers' own switch takes all layers, and adds a hook on the embeddings tha
 
 from functools import partial
 
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -12,12 +13,18 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lite.errors import ModelError
 from lite.memory.offload import Offload
 from lite.model import kept
+from lite.model.frozen import serve_backward
 from lite.model.head import unwrapped
 from lite.model.layers import decoder_layers
 
 
 def checkpoint_layers(
-    model: nn.Module, count: int | None = None, *, keep_attention: bool = False, offload: bool = False
+    model: nn.Module,
+    count: int | None = None,
+    *,
+    keep_attention: bool = False,
+    keep_weights: bool = False,
+    offload: bool = False,
 ) -> int:
     """Recompute the first `count` decoder layers in backward, all of them if None; returns how many those are.
 
@@ -25,6 +32,9 @@ def checkpoint_layers(
     same: dropout is replayed from the kept generator state. Works in training mode only, as transformers' layers do.
     keep_attention: keep what attention gave, (T, heads · head_dim) and row sums of each layer, and do not run it again;
     which kernels can do so is `lite.model.attention.can_keep`, and the others then raise ModelError in the forward.
+    keep_weights: what the second forward dequantises of a weight serves the layer's backward too (`serve_backward` in
+    lite/model/frozen.py); it holds the dequantised weights of one layer, while that is in backward, but for the last
+    one of its MLP, which the second forward does not come to.
     offload: the inputs that these layers keep, (B, T, D) each, wait for backward in host memory (offload.py).
     Raises ValueError if count is negative, ModelError where the layers cannot recompute.
     """
@@ -45,7 +55,14 @@ def checkpoint_layers(
     for index, layer in enumerate(layers):
         layer.gradient_checkpointing = index < recomputed
         layer._gradient_checkpointing_func = again if away is None else partial(away.run, index, again)
+        for linear in quantised_linears(layer):
+            serve_backward(linear, keep_weights and index < recomputed)
     return recomputed
+
+
+def quantised_linears(layer: nn.Module) -> list[nn.Linear]:
+    """The linears of a layer whose weights are frozen and dequantised for each product."""
+    return [module for module in layer.modules() if isinstance(module, Linear4bit | Linear8bitLt)]
 
 
 def draws_random(model: nn.Module) -> bool:

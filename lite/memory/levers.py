@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lite.errors import ModelError
-from lite.memory.checkpoint import checkpoint_layers
+from lite.memory.checkpoint import checkpoint_layers, quantised_linears
 from lite.memory.embedding import host_embedding
 from lite.memory.stream import stream_layers
 from lite.memory.tiles import tile_mlps
@@ -22,6 +22,7 @@ class Levers:
 
     recompute_layers: int = 0
     keep_attention: bool = False
+    keep_weights: bool = False
     offload_checkpoints: bool = False
     embedding_on_host: bool = False
     mlp_tile_tokens: int = 0
@@ -33,6 +34,7 @@ class Levers:
         return cls(
             recompute_layers=recipe.recompute_layers or 0,
             keep_attention=bool(recipe.keep_attention),
+            keep_weights=bool(recipe.keep_weights),
             offload_checkpoints=bool(recipe.offload_checkpoints),
             embedding_on_host=bool(recipe.embedding_on_host),
             mlp_tile_tokens=recipe.mlp_tile_tokens or 0,
@@ -52,8 +54,19 @@ def pull(model: nn.Module, levers: Levers) -> None:
         raise ModelError("mlp_tile_tokens: no layer of this model has an MLP that can be tiled. Leave it out.")
     if levers.embedding_on_host:
         host_embedding(model)
-    checkpoint_layers(
-        model, levers.recompute_layers, offload=levers.offload_checkpoints, keep_attention=levers.keep_attention
-    )
+    recompute(model, levers)
     if levers.layers_on_host:
         stream_layers(model, levers.layers_on_host)
+
+
+def recompute(model: nn.Module, levers: Levers) -> None:
+    """Pull those levers of recomputed layers that can be set anew on the same model; errors as of `pull`."""
+    if levers.keep_weights and not any(quantised_linears(layer) for layer in decoder_layers(model).values()):
+        raise ModelError("keep_weights: no layer of this model is quantised, so nothing is dequantised. Leave it out.")
+    checkpoint_layers(
+        model,
+        levers.recompute_layers,
+        keep_attention=levers.keep_attention,
+        keep_weights=levers.keep_weights,
+        offload=levers.offload_checkpoints,
+    )

@@ -1,6 +1,7 @@
 """Products with a frozen weight, whatever it is stored as: NF4, int8, or as it is.
 
-A quantised weight is dequantised for one product and freed right after: once forward, once backward, kept by neither.
+A quantised weight is dequantised for one product and freed right after: once forward, once backward, kept by neither;
+but in a layer that is told to `serve_backward`, the one of forward serves both.
 So a product is the same in any layout, in training and out of it, and the numbers of a token are its own.
 """
 
@@ -47,9 +48,22 @@ def from_four_bits(packed: Tensor, state: QuantState, dtype: torch.dtype) -> Ten
     )
 
 
-def product(layer: nn.Linear, x: Tensor, out: Tensor | None = None) -> Tensor:
-    """x Wᵀ + bias in x's dtype, without gradient; x (T, in), returns (T, out), in `out` if that is given."""
-    weight, bias = weight_of(layer, x.dtype).t(), layer.bias
+def serve_backward(layer: nn.Linear, on: bool) -> None:
+    """Say whether what forward dequantises of this layer's weight is kept for backward, in training mode."""
+    layer._serves_backward = on
+
+
+def serves_backward(layer: nn.Linear) -> bool:
+    """Whether it is; of a layer that was never told, no."""
+    return layer.training and getattr(layer, "_serves_backward", False)
+
+
+def product(layer: nn.Linear, x: Tensor, out: Tensor | None = None, *, weight: Tensor | None = None) -> Tensor:
+    """x Wᵀ + bias in x's dtype, without gradient; x (T, in), returns (T, out), in `out` if that is given.
+
+    weight: what `weight_of` gives, where the caller has it.
+    """
+    weight, bias = (weight_of(layer, x.dtype) if weight is None else weight).t(), layer.bias
     if bias is None:
         return torch.mm(x, weight, out=out)
     if isinstance(layer, Linear8bitLt):  # rounded before the bias is added, as int8.py does
@@ -62,13 +76,16 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: nn.Linear) -> Tensor:
+        kept = weight_of(layer, x.dtype) if ctx.needs_input_grad[0] and serves_backward(layer) else None
+        ctx.save_for_backward(kept)
         ctx.layer = layer
-        return product(layer, x.flatten(0, -2)).view(*x.shape[:-1], -1)
+        return product(layer, x.flatten(0, -2), weight=kept).view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad @ weight_of(ctx.layer, grad.dtype), None
+        (kept,) = ctx.saved_tensors
+        return grad @ (weight_of(ctx.layer, grad.dtype) if kept is None else kept), None
 
 
 def _from_int8(layer: Linear8bitLt, dtype: torch.dtype) -> Tensor:

@@ -57,7 +57,8 @@ def least_recomputed(trials: Trials, settings: Settings, law: Law) -> int | None
     most, _ = most_recomputed(trials)
     fixed = trials.recipe.recompute_layers is not None or law.kept is None
     # What the recipe asks of recomputed layers needs one to be asked of.
-    start = 1 if trials.recipe.offload_checkpoints or trials.recipe.keep_attention else 0
+    recipe = trials.recipe
+    start = 1 if recipe.offload_checkpoints or recipe.keep_attention or recipe.keep_weights else 0
     for count in (most,) if fixed else range(start, most + 1):
         on_device = law.peak_bytes(count, trials.layers - count) <= trials.target.budget_bytes
         if on_device and host_bytes(trials, settings, law, count) <= trials.target.host_budget_bytes:

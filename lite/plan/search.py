@@ -27,7 +27,10 @@ from lite.plan.trials import Settings, Trials
 
 LONGEST_PACK = 32_768  # tokens: beyond it nothing is gained
 STRETCHES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)  # of the longest example, tried as tokens of a pack
-LONG_ATTENTION = 8192  # tokens of a pack from which on attention is more than a few percent of a forward
+# Tokens of a pack from which on attention is more than a few percent of a forward, and dequantising less than one.
+LONG_PACK = 8192
+WORTH = 0.99  # of the predicted seconds: what is more is no faster
+WORTH_LEAVING_OUT = 0.998  # the same of two that differ by what one leaves out
 
 
 @dataclass(frozen=True)
@@ -118,14 +121,15 @@ def _climbed(trials: Trials) -> tuple[Candidate, list[Tried]]:
         best = min(best, other, key=lambda one: one.step_seconds(trials))
     if len(tried) > 2:
         best = _relaxed(trials, best, ladder[len(tried) - 1][1])
-    return best, tried
+    return _keeping_weights(trials, best), tried
 
 
 def _spacious(trials: Trials) -> tuple[Candidate, list[Tried]] | None:
     """Where even the longest pack fits with no layer recomputed, there is nothing to search: two runs tell."""
     _, start = next(rungs(trials))
     levers = start.levers
-    if trials.recipe.recompute_layers or levers.layers_on_host or levers.offload_checkpoints or levers.keep_attention:
+    of_recomputed = levers.layers_on_host or levers.offload_checkpoints or levers.keep_attention or levers.keep_weights
+    if trials.recipe.recompute_layers or of_recomputed:
         return None
     least = least_tokens(trials, start)
     tokens = trials.recipe.tokens_per_pack and least
@@ -158,11 +162,33 @@ def _fastest(trials: Trials, start: Settings, tokens: int, law: Law) -> Candidat
         for wide in sorted({min(longest, round(tokens * stretch)) for stretch in STRETCHES[1:]}):
             other = candidate(start, wide, between(law, far, wide), far)
             best = _faster(trials, best, other)
-    if best.recomputed and not streamed and best.tokens >= LONG_ATTENTION and _may_keep_attention(trials):
+    if best.recomputed and not streamed and best.tokens >= LONG_PACK and _may_keep_attention(trials):
         keeping = replace(start, levers=replace(start.levers, keep_attention=True))
         there = law_of(trials, keeping, most) if far else None
         best = _faster(trials, best, candidate(keeping, best.tokens, law_of(trials, keeping, best.tokens), there))
     return best
+
+
+def _keeping_weights(trials: Trials, best: Candidate) -> Candidate:
+    """The same with dequantised weights kept for backward, where that is faster; both by runs of the very pack.
+
+    It only leaves operators out, so where no further layer is recomputed for it, little is enough.
+    """
+    levers, tokens = best.settings.levers, best.tokens
+    short = best.recomputed and tokens < LONG_PACK and not levers.layers_on_host
+    if not short or trials.recipe.keep_weights is not None or not trials.quantised:
+        return best
+    keeping = replace(best.settings, levers=replace(levers, keep_weights=True))
+    law = law_of(trials, keeping, tokens)
+    fewest = least_recomputed(trials, keeping, law)
+    if fewest is None:
+        return best
+    plain = Candidate(best.settings, tokens, law_of(trials, best.settings, tokens), best.recomputed)
+    kept = Candidate(keeping, tokens, law, fewest)
+    worth = WORTH_LEAVING_OUT if fewest <= best.recomputed else WORTH
+    if kept.step_seconds(trials) > worth * plain.step_seconds(trials):
+        return best
+    return replace(kept, far=best.far and law_of(trials, keeping, best.far.tokens))
 
 
 def _may_keep_attention(trials: Trials) -> bool:
@@ -174,7 +200,7 @@ def _may_keep_attention(trials: Trials) -> bool:
 
 def _faster(trials: Trials, best: Candidate, other: Candidate | None) -> Candidate:
     """The other if it is faster by more than the prediction is worth."""
-    if other is None or other.step_seconds(trials) > 0.99 * best.step_seconds(trials):
+    if other is None or other.step_seconds(trials) > WORTH * best.step_seconds(trials):
         return best
     return other
 
@@ -222,7 +248,7 @@ def _finish(trials: Trials, best: Candidate, tried: list[Tried], *, longest: boo
             law = law.heavier((count - levers.layers_on_host) * layer_bytes(trials))
     peak = law.peak_bytes(count, trials.layers - count)
     if count == 0:
-        levers = replace(levers, offload_checkpoints=False, keep_attention=False)
+        levers = replace(levers, offload_checkpoints=False, keep_attention=False, keep_weights=False)
     split = start.split_pairs and trials.rows.longest.tokens > tokens
     settings = Settings(
         trials.recipe.tokens_per_pack or max(tokens, 8),

@@ -1,5 +1,6 @@
 """Trials: dry runs of a few layers under given settings, each skeleton and each outcome made once."""
 
+import functools
 from dataclasses import dataclass, replace
 
 from peft import PeftModel
@@ -9,8 +10,8 @@ from transformers import PreTrainedConfig
 from lite.device import meta_stands_for
 from lite.engine.layout import layout_of, path_of
 from lite.engine.optimizer import subspaces
-from lite.memory.checkpoint import checkpoint_layers
-from lite.memory.levers import Levers, pull
+from lite.memory.checkpoint import quantised_linears
+from lite.memory.levers import Levers, pull, recompute
 from lite.memory.meter import frozen_tensors
 from lite.model import matrices
 from lite.model.head import unwrapped
@@ -114,6 +115,13 @@ class Trials:
         rest = total - sum(per_layer) - sum(found.values())
         return {"layers": per_layer[-1] * self.layers, **found, "rest": rest}
 
+    @functools.cached_property
+    def quantised(self) -> bool:
+        """Whether products of the layers dequantise a frozen weight."""
+        with meta_stands_for(self.target.device_type):
+            layers = decoder_layers(self._skeleton(Levers(), 2))
+        return any(quantised_linears(layer) for layer in layers.values())
+
     def refreshes_bytes(self) -> int:
         """What GaLore's refreshes add in the heaviest step of a run; of the whole model, from the shapes of a layer."""
         settings = subspaces(self.recipe)
@@ -139,7 +147,7 @@ class Trials:
                 return model
             self._skeletons[key] = model
         else:
-            _recompute(self._skeletons[key], levers)
+            recompute(self._skeletons[key], levers)
         return self._skeletons[key]
 
 
@@ -147,9 +155,3 @@ def _weight_bytes(model: nn.Module, *, whole: bool) -> int:
     """Of what is not trained, where `whole` of all weights; each tensor once however many names it has."""
     tensors: list[Tensor] = [*frozen_tensors(model), *(model.parameters() if whole else ())]
     return sum({t.untyped_storage()._cdata: t.nbytes for t in tensors}.values())
-
-
-def _recompute(model: Trained, levers: Levers) -> None:
-    checkpoint_layers(
-        model, levers.recompute_layers, offload=levers.offload_checkpoints, keep_attention=levers.keep_attention
-    )

@@ -23,6 +23,8 @@ def settings(plan: Plan) -> str:
     ]
     if levers.keep_attention:
         words.append("but for their attention")
+    if levers.keep_weights:
+        words.append("their dequantised weights kept for backward")
     if levers.offload_checkpoints:
         words.append("their inputs on the host")
     if levers.embedding_on_host:

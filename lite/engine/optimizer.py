@@ -3,12 +3,14 @@
 import logging
 from collections.abc import Iterable
 
+import bitsandbytes
 import torch
 from torch import Tensor, nn
 
 from lite.engine.scalars import Scalars
 from lite.errors import RecipeError
 from lite.model import matrices
+from lite.optim.flat import FlatAdamW8bit
 from lite.optim.galore import GaLore
 from lite.optim.moments import Adam
 from lite.optim.projected import Subspaces
@@ -28,16 +30,20 @@ def require(recipe: Recipe, device: torch.device) -> None:
         _galore_torch()
 
 
-def optimizer(model: nn.Module, recipe: Recipe, scalars: Scalars) -> torch.optim.Optimizer:
+def optimizer(model: nn.Module, recipe: Recipe, scalars: Scalars, *, paged: bool = True) -> torch.optim.Optimizer:
     """The recipe's, over the trained parameters of `model` and the loss's own numbers.
 
     Matrices decay; vectors (norms, biases, magnitudes) do not, nor do numbers, which have a rate of their own and are
-    put back into their bounds after every step.
+    put back into their bounds after every step. paged: without it states that are to be paged are the same unpaged.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     numbers = list(scalars.values.values())
-    require(recipe, trained[0].device)
-    made = _galore(model, recipe, numbers) if recipe.optimizer == "galore" else _adamw(trained, recipe, numbers)
+    if paged:
+        require(recipe, trained[0].device)
+    if recipe.optimizer == "galore":
+        made = _galore(model, recipe, numbers)
+    else:
+        made = _adamw(trained, recipe, numbers, paged=paged)
     made.register_step_post_hook(lambda *_: scalars.settle())
     return made
 
@@ -103,7 +109,7 @@ def _galore(model: nn.Module, recipe: Recipe, numbers: list[Tensor]) -> GaLore:
     )
 
 
-def _adamw(trained: list[nn.Parameter], recipe: Recipe, numbers: list[Tensor]) -> torch.optim.Optimizer:
+def _adamw(trained: list[nn.Parameter], recipe: Recipe, numbers: list[Tensor], *, paged: bool) -> torch.optim.Optimizer:
     ours = {}
     if recipe.optimizer == "galore-torch":
         ours = {"rank": recipe.galore_rank, "update_proj_gap": recipe.galore_update_interval}
@@ -124,9 +130,9 @@ def _adamw(trained: list[nn.Parameter], recipe: Recipe, numbers: list[Tensor]) -
     if recipe.optimizer == "adamw":
         # One kernel for all parameters, on CPU and CUDA; without it a step is hundreds of small ones.
         return torch.optim.AdamW(groups, fused=True, foreach=False, **settings)
-    import bitsandbytes  # takes seconds to import, and only these two need it
-
-    kind = bitsandbytes.optim.AdamW8bit if recipe.optimizer == "adamw-8bit" else bitsandbytes.optim.PagedAdamW8bit
+    if recipe.optimizer == "adamw-8bit":
+        return FlatAdamW8bit(groups, **settings)
+    kind = bitsandbytes.optim.PagedAdamW8bit if paged else bitsandbytes.optim.AdamW8bit
     return kind(groups, **settings)
 
 

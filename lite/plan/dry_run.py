@@ -128,7 +128,8 @@ def run(
             meter.hold(host_tensors(model), "weights")
         meter.hold(frozen_tensors(model), "weights")
         meter.hold(trained, "weights" if recipe.full else "adapters")
-        update = _optimizer(model, recipe, scalars)
+        # Pages are made by CUDA alone. The same states, unpaged, counted as the host's.
+        update = optimizer(model, recipe, scalars, paged=False)
         if isinstance(update, GaLore):
             _settle(update, recipe, meter, refreshing=refreshing)
         else:
@@ -174,13 +175,6 @@ def parts_of(meter: Meter) -> Counter[str]:
 def words_of(model: Trained) -> int:
     """The vocabulary, by which the meter knows logits."""
     return unwrapped(model).get_output_embeddings().weight.shape[0]
-
-
-def _optimizer(model: Trained, recipe: Recipe, scalars: Scalars) -> torch.optim.Optimizer:
-    if recipe.optimizer != PAGED:
-        return optimizer(model, recipe, scalars)
-    # Pages are made by CUDA alone. The same states, unpaged, counted as the host's.
-    return optimizer(model, recipe.model_copy(update={"optimizer": "adamw-8bit"}), scalars)
 
 
 def _warm(recipe: Recipe, device: torch.device) -> None:

@@ -14,6 +14,7 @@ from lite.engine.forward import Model, Path, Tokens, device_of, placed, scored_t
 from lite.engine.objective import Data, Objective, Sums, of_batch, of_pack
 from lite.memory import marks
 from lite.memory.checkpoint import draws_random
+from lite.model import lora
 
 
 def backward(model: Model, batch: Batch, objective: Objective, path: Path) -> Sums:
@@ -25,7 +26,8 @@ def backward(model: Model, batch: Batch, objective: Objective, path: Path) -> Su
     marks.phase("transfers")
     packs = placed(batch.packs, model)
     two_passes = batch.spread or (objective.whole_batch and len(packs) > 1)
-    found = (_two_pass if two_passes else _streamed)(model, batch, packs, objective, path)
+    with lora.cast_once():
+        found = (_two_pass if two_passes else _streamed)(model, batch, packs, objective, path)
     marks.phase("idle")
     return found
 

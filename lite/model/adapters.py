@@ -21,6 +21,8 @@ from lite.model import lora
 from lite.model.head import unwrapped
 from lite.model.layers import decoder_layers
 from lite.model.mlp import replace_mlps
+from lite.model.rotate import replace_rotary
+from lite.model.siblings import replace_projections
 from lite.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -55,7 +57,9 @@ def attach(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
     advice = "Train with --dtype float32, or go on from an adapter without modules_to_save."
     raise_collected(ModelError, f"{folder}: weights that cannot be trained in so few bits:", rounded, advice)
     lora.replace_forward(adapted)
+    replace_projections(adapted)
     replace_mlps(adapted)
+    replace_rotary(adapted)
     if folder is not None:
         load(adapted, folder)
         log.info("goes on from the adapter in %s", folder)

@@ -5,6 +5,9 @@ of all saved bytes. Here the small matrices are cast down to the activation's dt
 as it is, and the fp32 masters still take the gradient and the update.
 """
 
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -14,7 +17,7 @@ from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lite.model.frozen import is_frozen, product, weight_of
+from lite.model.frozen import is_frozen, product, serves_backward, weight_of
 
 
 def replace_forward(model: nn.Module) -> int:
@@ -62,7 +65,7 @@ def adapted(layer: nn.Module, x: Tensor) -> Adapted | None:
 def forward(layer: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """base(x) + scale · (x Aᵀ) Bᵀ, summed over the active adapters, in x's dtype.
 
-    Saved for backward: x itself, the (T, R) product and the matrices; never a copy of x, nor a dequantised weight.
+    Saved for backward is what `products` saves; never a copy of x.
     x (…, in), returns (…, out) in the dtype of the base layer's result. peft's own forward takes over whenever it
     does something else: adapter off, merged, one adapter per row, or a variant such as DoRA (which does copy x).
     """
@@ -71,46 +74,146 @@ def forward(layer: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return type(layer).forward(layer, x, *args, **kwargs)
     parts = None if args else adapted(layer, x)
     if parts is not None and parts.a is not None:
-        return _AdaptedLinear.apply(x, parts.base, parts.a, parts.b, parts.scale)
+        return products(x, (parts,))[0]
     result = layer.base_layer(x, *args)  # (…, out)
     for name in names:
         down, up = layer.lora_A[name], layer.lora_B[name]
-        low = F.linear(layer.lora_dropout[name](x), down.weight.to(x.dtype), _cast(down.bias, x))  # (…, R)
+        low = F.linear(layer.lora_dropout[name](x), down.weight.to(x.dtype), _bias(down.bias, x))  # (…, R)
         if up.bias is None and result.dtype == x.dtype:
             result = _add_product(result, low, up.weight.to(x.dtype), layer.scaling[name])
         else:
-            update = F.linear(low, up.weight.to(x.dtype), _cast(up.bias, x)) * layer.scaling[name]
+            update = F.linear(low, up.weight.to(x.dtype), _bias(up.bias, x)) * layer.scaling[name]
             result = result + update.to(result.dtype)
     return result
 
 
-class _AdaptedLinear(torch.autograd.Function):
-    """x Wᵀ + bias + scale · (x Aᵀ) Bᵀ with W frozen: both products of forward, and both of d x, share one buffer.
+def products(x: Tensor, parts: Sequence[Adapted]) -> tuple[Tensor, ...]:
+    """base(x) + scale · (x Aᵀ) Bᵀ of layers with one input, each in x's dtype; one of them has an adapter, or more.
 
-    Left to autograd, base and adapter each make a result and a gradient of x of their own, which are then added.
+    One product of x is for all A, one for all d A, and d x of all bases and adapters is summed in one buffer. Saved
+    for backward: x, once, or what a norm made it of (`norms.Normed`), which is kept anyway, to make x again; x Aᵀ of
+    all, (T, ΣR); and a dequantised weight where the base serves backward. x (…, in), returns (…, out) of each.
     """
+    # Of a norm's result that somebody wrote to since, the norm knows nothing.
+    normed = getattr(x, "_normed", None) if torch.is_grad_enabled() and x._version == 0 else None
+    return _Products.apply(x, normed, parts, *[matrix for part in _with_adapter(parts) for matrix in (part.a, part.b)])
 
+
+class _Products(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, base: nn.Linear, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, normed: Any, parts: Sequence[Adapted], *matrices: Tensor) -> tuple[Tensor, ...]:
         flat = x.flatten(0, -2)  # (T, in)
-        low = flat @ a.to(x.dtype).t()  # (T, R)
-        result = product(base, flat).addmm_(low, b.to(x.dtype).t(), alpha=scale)  # (T, out)
-        ctx.save_for_backward(flat, low, a, b)
-        ctx.base, ctx.scale, ctx.shape = base, scale, x.shape
-        return result.view(*x.shape[:-1], -1)
+        low = flat @ _all_a(parts, x.dtype).t()  # (T, ΣR)
+        results, weights = [], []
+        for part, columns in zip(parts, _ranks(parts), strict=True):
+            kept = weight_of(part.base, x.dtype) if ctx.needs_input_grad[0] and serves_backward(part.base) else None
+            result = product(part.base, flat, weight=kept)  # (T, out)
+            if part.a is not None:
+                result.addmm_(low[:, columns], cast(x.dtype, part.b).t(), alpha=part.scale)
+            results.append(result.view(*x.shape[:-1], -1))
+            weights.append(kept)
+        ctx.save_for_backward(low, *weights, *matrices, *((flat,) if normed is None else normed))
+        ctx.set_materialize_grads(False)
+        # The matrices as themselves, for `cast`: of what is saved, a checkpoint hands back another tensor.
+        ctx.parts, ctx.normed, ctx.shape = parts, normed and type(normed), x.shape
+        return tuple(results)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, low, a, b = ctx.saved_tensors
-        grad = grad.flatten(0, -2)  # (T, out)
-        d_low = (grad @ b.to(x.dtype)).mul_(ctx.scale)  # (T, R)
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        parts, (low, *saved) = ctx.parts, ctx.saved_tensors
+        dtype = low.dtype
+        weights, source = saved[: len(parts)], saved[len(parts) + 2 * len(_with_adapter(parts)) :]
+        grads = [None if grad is None else grad.flatten(0, -2) for grad in grads]  # (T, out) each
+        d_low, d_b = torch.empty_like(low), []
+        for part, grad, columns in zip(parts, grads, _ranks(parts), strict=True):
+            if part.a is not None and grad is not None:
+                d_low[:, columns].addmm_(grad, cast(dtype, part.b), beta=0, alpha=part.scale)
+                d_up = grad.new_empty(part.b.shape).addmm_(grad.t(), low[:, columns], beta=0, alpha=part.scale)
+                d_b.append(d_up.to(part.b.dtype))
+            elif part.a is not None:
+                d_low[:, columns].zero_()
+                d_b.append(None)
+        x = source[0] if ctx.normed is None else ctx.normed(*source).again().flatten(0, -2)  # (T, in)
+        d_a = (d_low.t() @ x).to(_with_adapter(parts)[0].a.dtype)  # (ΣR, in)
+        del x, source, saved  # before d x is there
         d_x = None
         if ctx.needs_input_grad[0]:
-            d_x = (grad @ weight_of(ctx.base, x.dtype)).addmm_(d_low, a.to(x.dtype)).view(ctx.shape)
-        d_a = (d_low.t() @ x).to(a.dtype)
-        d_b = (grad.t() @ low).to(b.dtype).mul_(ctx.scale)
-        return d_x, None, d_a, d_b, None
+            for part, grad, kept in zip(parts, grads, weights, strict=True):
+                d_x = d_x if grad is None else _add_back(d_x, grad, part.base, kept)
+            d_x = d_x.addmm_(d_low, _all_a(parts, dtype)).view(ctx.shape)
+        each_d_a = [d_a[rows] for part, rows in zip(parts, _ranks(parts), strict=True) if part.a is not None]
+        return d_x, None, None, *itertools.chain(*zip(each_d_a, d_b, strict=True))
+
+
+@contextmanager
+def cast_once() -> Iterator[None]:
+    """Within: a matrix is cast to the dtype that it computes in once, not in each layer's every pass.
+
+    The copies, of 2 bytes a trained number in bf16, live until the end. Masters that are changed meanwhile are cast
+    anew. May be entered within itself.
+    """
+    global _casts
+    if _casts is not None:
+        yield
+        return
+    _casts = {}
+    try:
+        yield
+    finally:
+        _casts = None
+
+
+# Not of a thread: backward has threads of its own, and computes with what was cast in forward.
+_casts: dict[tuple[object, ...], tuple[list[int], Sequence[Tensor], Tensor]] | None = None
+
+
+def cast(dtype: torch.dtype, *matrices: Tensor) -> Tensor:
+    """The matrices, one below the other, in `dtype` and without gradient; itself if it is one in that dtype."""
+    if len(matrices) == 1 and matrices[0].dtype == dtype:
+        return matrices[0].detach()
+    # Where nothing is cast, to put them together is cheap, and needs no second copy of the masters all along.
+    if _casts is None or all(matrix.dtype == dtype for matrix in matrices):
+        return _stacked(dtype, matrices)
+    key, versions = (dtype, *map(id, matrices)), [matrix._version for matrix in matrices]
+    found = _casts.get(key)
+    if found is None or found[0] != versions:
+        # With the masters themselves, so that their ids are not given to others.
+        _casts[key] = found = (versions, matrices, _stacked(dtype, matrices))
+    return found[2]
+
+
+@torch.no_grad()
+def _stacked(dtype: torch.dtype, matrices: Sequence[Tensor]) -> Tensor:
+    if len(matrices) == 1:
+        return matrices[0].to(dtype)
+    rows = _slices([len(matrix) for matrix in matrices])
+    stacked = torch.empty(rows[-1].stop, *matrices[0].shape[1:], dtype=dtype, device=matrices[0].device)
+    for its, matrix in zip(rows, matrices, strict=True):
+        stacked[its].copy_(matrix)
+    return stacked
+
+
+def _with_adapter(parts: Sequence[Adapted]) -> list[Adapted]:
+    return [part for part in parts if part.a is not None]
+
+
+def _ranks(parts: Sequence[Adapted]) -> list[slice]:
+    """Which of the ΣR are each layer's."""
+    return _slices([0 if part.a is None else len(part.a) for part in parts])
+
+
+def _slices(lengths: Sequence[int]) -> list[slice]:
+    return [slice(end - length, end) for length, end in zip(lengths, itertools.accumulate(lengths), strict=True)]
+
+
+def _all_a(parts: Sequence[Adapted], dtype: torch.dtype) -> Tensor:
+    return cast(dtype, *[part.a for part in _with_adapter(parts)])  # (ΣR, in)
+
+
+def _add_back(total: Tensor | None, grad: Tensor, base: nn.Linear, weight: Tensor | None) -> Tensor:
+    weight = weight_of(base, grad.dtype) if weight is None else weight
+    return grad @ weight if total is None else total.addmm_(grad, weight)
 
 
 def _add_product(result: Tensor, low: Tensor, up: Tensor, scale: float) -> Tensor:
@@ -120,7 +223,7 @@ def _add_product(result: Tensor, low: Tensor, up: Tensor, scale: float) -> Tenso
     return flat.view(result.shape)
 
 
-def _cast(bias: Tensor | None, x: Tensor) -> Tensor | None:
+def _bias(bias: Tensor | None, x: Tensor) -> Tensor | None:
     return None if bias is None else bias.to(x.dtype)
 
 

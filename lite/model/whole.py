@@ -15,6 +15,7 @@ from lite.errors import ModelError, raise_collected
 from lite.model import matrices
 from lite.model.head import backbone
 from lite.model.mlp import replace_mlps
+from lite.model.rotate import replace_rotary
 from lite.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ def attach(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
         if parameter.is_floating_point():
             parameter.requires_grad_()
     replace_mlps(model)
+    replace_rotary(model)
     if model.device.type != "meta":
         trained = sum(parameter.numel() for parameter in {id(p): p for p in chosen.values()}.values())
         ends_too = "" if recipe.train_embeddings else "; the input embedding and the head stay as they are"

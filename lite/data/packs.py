@@ -9,7 +9,7 @@ examples of the batch, fixed before the first forward. Split into packs, padded,
 What the reference says of the scored tokens travels with them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple, Protocol
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lite.data.examples import Place, TokenExample
+from lite.device import pinned, sent
 from lite.loss.soft import SoftTargets
 
 EXPECTED = "expected"  # the role of tokens that are scored by the reference's distribution; the last in a pack
@@ -67,16 +68,19 @@ class Pack:
 
     def to(self, device: torch.device, *, ids_to: torch.device | None = None) -> "Pack":
         """The same pack with its tensors on `device`; its ids on `ids_to` if that is given."""
-        moved = {
-            f.name: v.to((f.name == "ids" and ids_to) or device, non_blocking=True)
-            for f in fields(self)
-            if isinstance(v := getattr(self, f.name), Tensor)
-        }
-        roles = {
-            name: replace(role, offsets=role.offsets.to(device, non_blocking=True)) for name, role in self.roles.items()
-        }
-        tables = {name: moved_to(getattr(self, name), device) for name in ("shares", "columns")}
-        return replace(self, roles=roles, soft=self.soft and self.soft.to(device), **tables, **moved)
+        return self._each(lambda name, tensor: sent(tensor, (name == "ids" and ids_to) or device))
+
+    def pinned(self, device: torch.device) -> "Pack":
+        """The same pack, of which a copy to `device` need not wait: on CUDA in pinned memory, else as it is."""
+        return self._each(lambda _, tensor: pinned(tensor, device))
+
+    def _each(self, made: Callable[[str, Tensor], Tensor]) -> "Pack":
+        """The pack with `made(name, tensor)` in the place of each of its tensors."""
+        own = {f.name: made(f.name, v) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        roles = {name: replace(role, offsets=made("offsets", role.offsets)) for name, role in self.roles.items()}
+        shares, columns = ({k: made(k, v) for k, v in table.items()} for table in (self.shares, self.columns))
+        soft = self.soft and self.soft.each(lambda tensor: made("soft", tensor))
+        return replace(self, roles=roles, shares=shares, columns=columns, soft=soft, **own)
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,12 @@ class Batch:
     def spread(self) -> bool:
         """Whether completions of one example lie in different packs, so that no pack alone can compute its loss."""
         return sum(len(pack.examples) for pack in self.packs) < len(self.places)
+
+    def pinned(self, device: torch.device) -> "Batch":
+        """The same batch, all of it as `Pack.pinned` has it."""
+        shares, columns = ({k: pinned(v, device) for k, v in table.items()} for table in (self.shares, self.columns))
+        packs = tuple(pack.pinned(device) for pack in self.packs)
+        return replace(self, packs=packs, shares=shares, columns=columns)
 
 
 @dataclass(frozen=True)
@@ -136,7 +146,7 @@ class Reference(Protocol):
 
 def moved_to(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """The same tensors on `device`."""
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+    return {name: sent(tensor, device) for name, tensor in tensors.items()}
 
 
 def weights_of(examples: Sequence[TokenExample], layout: Layout) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lite.data.packs import EXPECTED, Pack
+from lite.device import sent
 from lite.loss.head import logps_and_purity, token_logps
 from lite.loss.logps import Logps
 from lite.loss.soft import soft_logps
@@ -81,7 +82,7 @@ def gather(tokens: Sequence[Tensor], packs: Sequence[Pack]) -> dict[str, Logps]:
     together = {}
     for name, parts in found.items():
         _, in_order, lengths = zip(*sorted(parts, key=lambda part: part[0]), strict=True)
-        offsets = torch.tensor([0, *lengths]).cumsum(0).to(in_order[0].device, non_blocking=True)
+        offsets = sent(torch.tensor([0, *lengths]).cumsum(0), in_order[0].device)
         together[name] = Logps(torch.cat(in_order), offsets)
     return together
 

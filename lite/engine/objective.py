@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lite.data.packs import Batch, Pack
+from lite.data.packs import Batch, Pack, moved_to
 from lite.engine.forward import Tokens, by_role, gather
 from lite.loss import registry
 from lite.loss.logps import Logps
@@ -104,9 +104,7 @@ def of_pack(tokens: Tokens, pack: Pack) -> Data:
 
 def of_batch(tokens: Sequence[Tokens], packs: Sequence[Pack], batch: Batch) -> Data:
     """The same of a whole batch, in the order of its examples."""
-    device = tokens[0].logps.device
-    data: Data = {**gather([t.logps for t in tokens], packs)}
-    data.update({name: column.to(device, non_blocking=True) for name, column in batch.columns.items()})
+    data: Data = {**gather([t.logps for t in tokens], packs), **moved_to(batch.columns, tokens[0].logps.device)}
     if packs[0].reference is not None:
         said = gather([pack.reference for pack in packs], packs)
         data.update({f"ref_{name}": logps for name, logps in said.items()})

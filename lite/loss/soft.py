@@ -5,6 +5,7 @@ and q, the student's distribution, is compared on K + 1 events: the K words, and
 the student may spread as it likes. Without that event the teacher's missing mass would be a bias.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -28,9 +29,9 @@ class SoftTargets:
         weights, rest = _masses(top_logps)
         return cls(ids, weights, rest)
 
-    def to(self, device: torch.device | str) -> "SoftTargets":
-        """The same targets on `device`."""
-        return SoftTargets(self.ids.to(device), self.weights.to(device), self.rest.to(device))
+    def each(self, made: Callable[[Tensor], Tensor]) -> "SoftTargets":
+        """The targets with `made(tensor)` in the place of each of their tensors, such as a copy elsewhere."""
+        return SoftTargets(made(self.ids), made(self.weights), made(self.rest))
 
     def __getitem__(self, tokens: slice | Tensor) -> "SoftTargets":
         """The targets of some tokens."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lite.data.packs import Branch
+from lite.device import sent
 
 Implementation = Literal["auto", "flash", "varlen", "sdpa", "eager"]
 
@@ -48,7 +49,7 @@ class Runs(NamedTuple):
         lengths = torch.tensor([[0, *(s.end - s.start for s in segments)], [0, *(s.keys for s in segments)]])
         longest = lengths.amax(1).tolist()
         ends = lengths.cumsum(1)
-        queries, keys = ends.to(torch.int32).to(device, non_blocking=True)
+        queries, keys = sent(ends.to(torch.int32), device)
         if torch.equal(*lengths):
             return cls(queries, keys, *longest, None)
         gather = torch.cat([torch.arange(*span) for s in segments for span in s.spans])
@@ -62,7 +63,7 @@ class Runs(NamedTuple):
         rank = torch.arange(len(tokens)) - torch.searchsorted(tokens, tokens)
         rounds = [part for r in range(int(rank.max()) + 1) for part in (tokens[rank == r], copied[rank == r])]
         pieces = [gather, own, *rounds]
-        gather, own, *rounds = torch.cat(pieces).to(device, non_blocking=True).split([len(piece) for piece in pieces])
+        gather, own, *rounds = sent(torch.cat(pieces), device).split([len(piece) for piece in pieces])
         return cls(queries, keys, *longest, gather, own, tuple(zip(rounds[::2], rounds[1::2], strict=True)))
 
 

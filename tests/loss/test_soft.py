@@ -194,7 +194,7 @@ def test_memory_is_a_chunk_the_rows_and_a_few_rows_of_events():
 
 def test_targets_move_and_are_cut_together():
     targets = targets_of(3)
-    moved = targets.to("meta")
+    moved = targets.each(lambda tensor: tensor.to("meta"))
     assert moved.ids.is_meta
     assert moved.weights.is_meta
     assert moved.rest.is_meta

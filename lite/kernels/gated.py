@@ -8,19 +8,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 1024
+BLOCK_WIDTH = 1024
+SETTINGS = {"BLOCK": BLOCK_WIDTH, "enable_fp_fusion": False}  # what is rounded stays rounded
 ROOT = tl.constexpr(1.5957691216057308)  # √(8/π)
 CUBIC = tl.constexpr(0.044715)
-TANH = {"silu": False, "gelu_tanh": True}
+BY_TANH = {"silu": False, "gelu_tanh": True}
 
 
 def forward(gate: Tensor, up: Tensor, activation: str, *, result: Tensor) -> None:
     """Fill result (T, F), contiguous. gate, up (T, F), each row contiguous."""
     tokens, width = gate.shape
     if gate.numel():
-        blocks = triton.cdiv(width, BLOCK)
+        blocks = triton.cdiv(width, BLOCK_WIDTH)
         _forward[(tokens * blocks,)](
-            gate, up, result, gate.stride(0), up.stride(0), width, blocks, TANH=TANH[activation], BLOCK=BLOCK
+            gate, up, result, gate.stride(0), up.stride(0), width, blocks, TANH=BY_TANH[activation], **SETTINGS
         )
 
 
@@ -28,9 +29,9 @@ def backward_(d_hidden: Tensor, gate: Tensor, up: Tensor, activation: str) -> No
     """Overwrite gate and up with their gradients. All (T, F), each row contiguous."""
     tokens, width = gate.shape
     if gate.numel():
-        blocks = triton.cdiv(width, BLOCK)
+        blocks = triton.cdiv(width, BLOCK_WIDTH)
         strides = d_hidden.stride(0), gate.stride(0), up.stride(0)
-        _backward[(tokens * blocks,)](d_hidden, gate, up, *strides, width, blocks, TANH=TANH[activation], BLOCK=BLOCK)
+        _backward[(tokens * blocks,)](d_hidden, gate, up, *strides, width, blocks, TANH=BY_TANH[activation], **SETTINGS)
 
 
 @triton.jit

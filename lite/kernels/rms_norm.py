@@ -39,7 +39,7 @@ def _blocks(x: Tensor) -> tuple[tuple[int] | None, dict[str, int]]:
     together = max(1, ELEMENTS // block)
     elements = together * block
     warps = 4 if elements <= 2048 else 8 if elements <= 8192 else 16 if elements <= 32768 else 32
-    settings = {"WIDTH": width, "ROWS": together, "BLOCK": block, "num_warps": warps}
+    settings = {"WIDTH": width, "ROWS": together, "BLOCK": block, "num_warps": warps, "enable_fp_fusion": False}
     return ((triton.cdiv(rows, together),) if rows and width else None), settings
 
 

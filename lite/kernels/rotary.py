@@ -13,17 +13,23 @@ ELEMENTS = 1024  # pairs of numbers of a program
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, result: Tensor, backward: bool) -> None:
     """Fill result (B, H, T, d), in memory (B, T, H, d). x (B, H, T, d) of any strides; cos, sin contiguous."""
-    batch, heads, tokens, width = x.shape
+    batch, heads, tokens, _ = x.shape
     if not x.numel():
         return
+    settings = _settings(x)
+    blocks = triton.cdiv(heads, settings["HEADS"])
+    _rotate[(batch * tokens * blocks,)](
+        x, cos, sin, result, *x.stride(), tokens, heads, blocks, ONE_TABLE=len(cos) == 1, BACKWARD=backward, **settings
+    )  # fmt: skip
+
+
+def _settings(x: Tensor) -> dict[str, int | bool]:
+    _, heads, _, width = x.shape
     half = triton.next_power_of_2(width // 2)
     together = min(triton.next_power_of_2(heads), max(1, ELEMENTS // half))
-    blocks = triton.cdiv(heads, together)
-    _rotate[(batch * tokens * blocks,)](
-        x, cos, sin, result, *x.stride(), tokens, heads, blocks,
-        ONE_TABLE=len(cos) == 1, HALF=width // 2, HEADS=together, BLOCK=half, BACKWARD=backward,
-        enable_fp_fusion=False,  # else a product in fp32 would go into the sum unrounded
-    )  # fmt: skip
+    warps = max(1, together * half // 256)  # 8 numbers a thread: 16 bytes of bf16
+    # Without fusion: it would take a product into the sum unrounded, in bf16 too.
+    return {"HALF": width // 2, "HEADS": together, "BLOCK": half, "num_warps": warps, "enable_fp_fusion": False}
 
 
 @triton.jit(do_not_specialize=["tokens"])

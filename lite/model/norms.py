@@ -114,7 +114,7 @@ def _plain_backward(
     result = torch.empty_like(rows, memory_format=torch.contiguous_format) if of_x else None
     total = torch.zeros_like(weight, dtype=torch.float32) if of_weight else None
     for part in _parts(len(rows)):
-        unit = rows[part].to(torch.float32).mul_(scale[part])
+        unit = rows[part].to(torch.float32, copy=True).mul_(scale[part])
         if total is not None:  # by the quotient as forward multiplied it, rounded to x's dtype
             total += (unit.to(rows.dtype) * grads[part].to(torch.float32)).sum(0)
         if result is not None:

@@ -1,0 +1,169 @@
+"""The kernels in Triton's interpreter; test_operators.py runs this in a process with TRITON_INTERPRET=1.
+
+The interpreter cuts fp32 off where a card rounds it to bf16, at each step. fp16 it rounds, and the kernels know no
+difference between the two: so it is fp16 that shows whether they round where they should.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from lite.kernels import operators
+from lite.model.norms import rms_norm
+from tests.kernels import twins
+
+SLACK = {torch.float32: 1e-6, torch.float16: 1e-6, torch.bfloat16: 2**-5}
+dtypes = pytest.mark.parametrize("dtype", SLACK, ids=str)
+activations = pytest.mark.parametrize("activation", twins.ACTIVATIONS)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def rows(count: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Rows that are parts of longer ones, the first at an odd place."""
+    return torch.randn(count, width + 3).to(dtype)[:, 1 : width + 1]
+
+
+def assert_rounded_alike(ours: Tensor, plain: Tensor) -> None:
+    """All but one in a hundred are the same bits: a sum in another order moves a rounding now and then."""
+    assert int((ours != plain).sum()) <= ours.numel() / 100
+
+
+@dtypes
+@pytest.mark.parametrize(("count", "width"), [(0, 8), (70, 3), (1, 5000), (33, 72), (17, 128)])
+def test_norm(count: int, width: int, dtype: torch.dtype):
+    x, grad, weight = rows(count, width, dtype), rows(count, width, dtype), torch.randn(width).to(dtype)
+    result, scale = operators.rms_norm(x, weight, twins.EPSILON)
+    assert torch.equal(operators.rms_norm_again(x, weight, scale), result)
+    ours = [result, operators.rms_norm_backward(grad, x, weight, scale)]
+    plain, exact = twins.both(twins.norm, (x, weight), grad)
+    twins.assert_within(ours, plain[:2], exact[:2], slack=SLACK[dtype])
+    if dtype == torch.float16:
+        assert_rounded_alike(result, plain[0])
+
+
+@dtypes
+@pytest.mark.parametrize("trained", [False, True])
+def test_norms_of_a_model_go_by_the_kernels(dtype: torch.dtype, trained: bool):
+    """And say of what they are made, where the weight is frozen; a trained weight's gradient is summed beside."""
+    x, weight, grad = torch.randn(2, 5, 72).to(dtype), torch.randn(72).to(dtype), torch.randn(2, 5, 72).to(dtype)
+    assert operators.at_hand(x)
+    plain, exact = twins.both(twins.norm, (x, weight), grad)
+    x, weight, before = x.requires_grad_(), weight.requires_grad_(trained), x.clone()
+    result = rms_norm(x, weight, twins.EPSILON)
+    assert type(result.grad_fn).__name__ == "_RMSNormBackward"
+    result.backward(grad)
+    assert torch.equal(x, before)
+    ours = [result.detach(), x.grad] + ([weight.grad] if trained else [])
+    twins.assert_within(ours, plain[: len(ours)], exact[: len(ours)], slack=SLACK[dtype])
+    assert torch.equal(result, operators.rms_norm(x.detach().flatten(0, 1), weight, twins.EPSILON)[0].view(2, 5, 72))
+    assert hasattr(result, "_normed") != trained
+    if not trained:
+        assert result._version == 0
+        assert torch.equal(result._normed.again(), result)
+
+
+@dtypes
+@activations
+@pytest.mark.parametrize(("count", "width", "halves"), [(0, 8, False), (1, 2049, False), (2, 70, False), (3, 37, True)])
+def test_gated(count: int, width: int, dtype: torch.dtype, activation: str, halves: bool):
+    if halves:
+        whole = torch.randn(count, 2 * width).mul_(3).to(dtype)
+        gate, up = whole.chunk(2, -1)
+    else:
+        gate, up = rows(count, width, dtype), rows(count, width, dtype)
+    grad = rows(count, width, dtype)
+    plain, exact = twins.both(twins.gated(activation), (gate, up), grad)
+    result = operators.gated(gate, up, activation)
+    assert operators.gated_backward_(grad, gate, up, activation) is None
+    twins.assert_within([result, gate, up], plain, exact, slack=SLACK[dtype])
+    if dtype == torch.float16 and activation == "silu":  # torch's ½ x (1 + tanh z) is coarse where tanh z is near −1
+        for mine, naive in zip((result, gate, up), plain, strict=True):
+            assert_rounded_alike(mine, naive)
+
+
+@activations
+def test_gated_far_out(activation: str):
+    """Where exp overflows and where all of it is zero: the plain twin's values, none of them NaN."""
+    gate = torch.tensor([[-1e4, -200.0, -89.0, -20.0, -0.0, 20.0, 89.0, 200.0, 1e4]])
+    up, grad = torch.full_like(gate, 2.0), torch.full_like(gate, 0.5)
+    value, d_gate, d_up = twins.gradients(twins.gated(activation), (gate, up), grad)
+    torch.testing.assert_close(operators.gated(gate, up, activation), value, rtol=1e-5, atol=1e-7)
+    operators.gated_backward_(grad, gate, up, activation)
+    torch.testing.assert_close((gate, up), (d_gate, d_up), rtol=1e-5, atol=1e-7)
+
+
+LAYOUTS = {
+    "as projected": lambda b, h, t, d: torch.randn(b, t, h, d).transpose(1, 2),
+    "head by head": lambda b, h, t, d: torch.randn(b, h, t, d),
+    "backwards": lambda b, h, t, d: torch.randn(d, t, h, b).permute(3, 2, 1, 0),
+    "one head for all": lambda b, h, t, d: torch.randn(b, 1, t, d).expand(b, h, t, d),
+}
+
+
+@dtypes
+@pytest.mark.parametrize(
+    ("shape", "layout", "one_table"),
+    [
+        ((1, 1, 4, 2), "head by head", True),
+        ((2, 3, 2, 80), "as projected", False),
+        ((2, 3, 2, 80), "backwards", True),
+        ((1, 20, 1, 128), "as projected", True),
+        ((1, 5, 1, 256), "one head for all", False),
+        ((1, 3, 0, 8), "as projected", True),
+    ],
+)
+def test_rotate(shape: tuple[int, int, int, int], layout: str, dtype: torch.dtype, one_table: bool):
+    """Cosines and sines of the two halves differ, as no model's do, so that none can stand for another."""
+    batch, _, tokens, width = shape
+    x, grad = LAYOUTS[layout](*shape).to(dtype), LAYOUTS[layout](*shape).to(dtype)
+    cos, sin = torch.randn(2, 1 if one_table else batch, tokens, width).to(dtype)
+    result, back = operators.rotate(x, cos, sin), operators.rotate(grad, cos, sin, backward=True)
+    plain, exact = twins.both(lambda x: twins.turned(x, cos.to(x.dtype), sin.to(x.dtype)), (x,), grad)
+    twins.assert_within([result, back], plain, exact, slack=SLACK[dtype])
+    assert result.transpose(1, 2).is_contiguous()
+    if dtype != torch.bfloat16:
+        assert torch.equal(result, plain[0])
+        assert torch.equal(back, plain[1])
+
+
+def test_rotating_back_is_the_transpose():
+    """⟨rotate(x), y⟩ = ⟨x, rotate_back(y)⟩."""
+    x, y = torch.randn(2, 2, 3, 7, 48)
+    cos, sin = torch.randn(2, 2, 7, 48)
+    one = float((operators.rotate(x, cos, sin).double() * y).sum())
+    other = float((x.double() * operators.rotate(y, cos, sin, backward=True)).sum())
+    assert abs(one - other) < 1e-5 * float(x.norm() * y.norm())
+
+
+def test_tables_in_fp32_make_the_result_fp32():
+    """As transformers' own does; nothing is rounded to x's dtype."""
+    x, (cos, sin) = torch.randn(1, 3, 7, 48).half(), torch.randn(2, 1, 7, 48)
+    result = operators.rotate(x, cos, sin)
+    assert result.dtype == torch.float32
+    assert torch.equal(result, twins.turned(x, cos, sin))
+
+
+@dtypes
+def test_on_meta_results_are_laid_out_as_on_a_device(dtype: torch.dtype):
+    x, grad, weight = rows(6, 40, dtype), rows(6, 40, dtype), torch.ones(40).to(dtype)
+    scale = torch.ones(6, 1)
+    heads, tables = torch.randn(2, 3, 5, 8).to(dtype), torch.randn(1, 5, 8)
+    for compute, given in (
+        (lambda x, weight: operators.rms_norm(x, weight, 1e-6), (x, weight)),
+        (operators.rms_norm_again, (x, weight, scale)),
+        (operators.rms_norm_backward, (grad, x, weight, scale)),
+        (lambda gate, up: operators.gated(gate, up, "silu"), (x, grad)),
+        (lambda d, gate, up: torch.ops.lite.gated_backward_(d, gate, up, "silu"), (grad, x, grad.clone())),
+        (operators.rotate, (heads, tables, tables)),
+        (operators.rotate, (heads.transpose(1, 2).transpose(1, 2), tables.to(dtype), tables.to(dtype))),
+    ):
+        real = compute(*given)
+        skeleton = compute(*(torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") for x in given))
+        real, skeleton = ([one] if isinstance(one, Tensor) else list(one) for one in (real, skeleton))
+        assert [(one.shape, one.stride(), one.dtype) for one in real] == [
+            (one.shape, one.stride(), one.dtype) for one in skeleton
+        ]

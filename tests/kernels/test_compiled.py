@@ -42,7 +42,7 @@ KERNELS = {
     "silu backward": (gated._backward, {**gated.SETTINGS, "TANH": False}),
     "gelu backward": (gated._backward, {**gated.SETTINGS, "TANH": True}),
     "rotate": (rotary._rotate, of_rotary(40, 128, backward=False)),
-    "rotate back": (rotary._rotate, of_rotary(8, 128, backward=True)),
+    "rotate back": (rotary._rotate, of_rotary(40, 128, backward=True)),
 }
 
 

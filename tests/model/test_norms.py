@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from lite.model.norms import replace_norms, rms_norm
+from lite.model.norms import PART_ROWS, replace_norms, rms_norm
 
 
 def frozen_norm(width: int, dtype: torch.dtype) -> Qwen3RMSNorm:
@@ -165,3 +165,26 @@ def test_norms_that_are_trained_after_they_were_replaced(tiny_model):
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
     assert replace_norms(tiny_model("llama")) == 9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_result_is_made_again_bit_for_bit(dtype: torch.dtype):
+    """Of more rows than go at once; the result counts as not written to, and the input is left as it was."""
+    norm, x = frozen_norm(16, dtype), torch.randn(2, PART_ROWS, 16).to(dtype).requires_grad_()
+    before = x.detach().clone()
+    result = rms_norm(x, norm.weight, 1e-6)
+    assert torch.equal(result._normed.again(), result)
+    assert not result._normed.again().requires_grad
+    assert result._version == 0
+    result.backward(torch.randn_like(result))
+    assert torch.equal(x, before)
+    assert torch.equal(result._normed.again(), result)
+
+
+def test_what_a_result_is_made_of_is_left_where_it_is_kept_anyway():
+    """Without gradients nothing is kept, and with a trained weight the next step would make another result of it."""
+    norm, x = frozen_norm(16, torch.float32), torch.randn(3, 16)
+    assert hasattr(rms_norm(x, norm.weight, 1e-6), "_normed")
+    with torch.no_grad():
+        assert not hasattr(rms_norm(x, norm.weight, 1e-6), "_normed")
+    assert not hasattr(rms_norm(x, norm.weight.clone().requires_grad_(), 1e-6), "_normed")

@@ -77,6 +77,7 @@ def test_a_setting_of_another_variant(settings: dict, told: str) -> None:
         ({"full": True, "use_dora": True}, "use_dora = True beside full"),
         ({"full": True, "lora_dropout": 0.1}, "lora_dropout = 0.1 beside full"),
         ({"full": True, "layers_on_host": 2}, "layers_on_host = 2 beside full"),
+        ({"galore": True, "int8_weights": True, "keep_weights": True}, "keep_weights = True beside galore"),
         ({"galore": True, "train_embeddings": True, "embedding_on_host": True}, "embedding_on_host = True beside"),
         ({"galore": True, "optimizer": "adamw"}, "optimizer = 'adamw' beside galore, which stands for"),
         ({"galore": True, "full": False}, "full = False beside galore, which stands for"),

@@ -114,7 +114,8 @@ def _climbed(trials: Trials) -> tuple[Candidate, list[Tried]]:
     else:
         return Candidate(start, tokens, law, most_recomputed(trials)[0]), tried
     best = _fastest(trials, start, tokens, law_of(trials, start, tokens))
-    if len(tried) == 1 and best.recomputed and len(ladder) > 1 and ladder[1][1].levers.embedding_on_host:
+    moves = len(ladder) > 1 and ladder[1][1].levers.embedding_on_host and not start.levers.embedding_on_host
+    if len(tried) == 1 and best.recomputed and moves:
         # A gather on the host takes a thousandth of a step, and what it frees recomputes a layer or two less.
         start = ladder[1][1]
         other = _fastest(trials, start, tokens, law_of(trials, start, tokens))
@@ -188,7 +189,7 @@ def _keeping_weights(trials: Trials, best: Candidate) -> Candidate:
     worth = WORTH_LEAVING_OUT if fewest <= best.recomputed else WORTH
     if kept.step_seconds(trials) > worth * plain.step_seconds(trials):
         return best
-    return replace(kept, far=best.far and law_of(trials, keeping, best.far.tokens))
+    return replace(kept, far=best.far)  # what is left out does not grow with the tokens
 
 
 def _may_keep_attention(trials: Trials) -> bool:

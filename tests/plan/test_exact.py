@@ -14,11 +14,14 @@ LEVERS = {
     "all recomputed": Levers(3),
     "two recomputed": Levers(2),
     "attention kept": Levers(2, keep_attention=True),
+    "weights kept": Levers(2, keep_weights=True),
     "checkpoints on the host": Levers(3, offload_checkpoints=True),
     "embedding on the host": Levers(0, embedding_on_host=True),
     "tiles": Levers(1, mlp_tile_tokens=32),
     "layers on the host": Levers(3, layers_on_host=3),
-    "everything": Levers(3, offload_checkpoints=True, embedding_on_host=True, mlp_tile_tokens=32, layers_on_host=2),
+    "everything": Levers(
+        3, keep_weights=True, offload_checkpoints=True, embedding_on_host=True, mlp_tile_tokens=32, layers_on_host=2
+    ),
 }
 
 

@@ -13,6 +13,7 @@ TOKENS, LAYERS = 2048, 5
 LEVERS = {
     "none": (Levers(), [(1, 4), (3, 2), (5, 0)]),
     "attention kept": (Levers(keep_attention=True), [(3, 2)]),
+    "weights kept": (Levers(keep_weights=True), [(3, 2), (5, 0)]),
     "checkpoints on the host": (Levers(offload_checkpoints=True, embedding_on_host=True), [(4, 1)]),
     "tiles": (Levers(mlp_tile_tokens=1024), [(5, 0)]),
 }

@@ -25,6 +25,7 @@ MIB = 2**20
 # Levers that are left to the search in few of these plans, for each takes time to try.
 REST = {"chunk_tokens": 1024, "mlp_tile_tokens": 0, "split_pairs": False, "batch_size": 1}
 AT_REST = {"offload_checkpoints": False, "embedding_on_host": False, "layers_on_host": 0, "keep_attention": False}
+AT_REST |= {"keep_weights": False}
 
 
 def test_what_is_chosen_by_a_few_layers_is_what_the_whole_model_takes(shaped) -> None:

@@ -34,6 +34,7 @@ SETTLED = {
     "split_pairs": False,
     "recompute_layers": 0,
     "keep_attention": False,
+    "keep_weights": False,
     "offload_checkpoints": False,
     "embedding_on_host": False,
     "mlp_tile_tokens": 0,

@@ -15,7 +15,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from lite.kernels import gated, rms_norm, rotary  # noqa: E402
 
-CONSUMER, DATA_CENTRE = 89, 90  # RTX 4090 and its like; H100, H200
+CAPABILITIES = (89, 90)  # RTX 4090 and its like; H100 and H200
 # Taken as they come; pointers, and what counts numbers of whole rows, are divisible by 16.
 COUNTS = ("rows", "tokens", "heads", "blocks", "epsilon")
 TYPES = {"scale": "*fp32", "epsilon": "fp32", "width": "i32", **dict.fromkeys(COUNTS[:-1], "i32")}
@@ -76,13 +76,13 @@ def spilled_bytes(cubin: bytes, folder: Path) -> int:
 @pytest.mark.parametrize("name", KERNELS)
 def test_wide_loads_and_nothing_spilled(name: str, tmp_path: Path):
     """Rows are read and written 16 bytes at a time."""
-    made = compiled(*KERNELS[name], CONSUMER)
+    made = compiled(*KERNELS[name], CAPABILITIES[0])
     assert "ld.global.v4.b32" in made.asm["ptx"]
     assert "st.global.v4.b32" in made.asm["ptx"]
     assert spilled_bytes(made.asm["cubin"], tmp_path) == 0
 
 
-@pytest.mark.parametrize("capability", [CONSUMER, DATA_CENTRE])
+@pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("name", ["rotate", "rotate back"])
 def test_products_of_the_rotary_turn_are_rounded_before_the_sum(name: str, capability: int):
     """As transformers rounds them. A fused multiply-add of three numbers would not; with 1 or −0 for one it is a sum or

@@ -165,6 +165,9 @@ def _step(work: Work, batches: Batches, index: int, update: torch.optim.Optimize
         marks.phase("update")
         if work.recipe.max_grad_norm:
             clip(update, work.model.parameters(), work.recipe.max_grad_norm)
+        marks.phase("data")
+        batches.prepare((index + 1) % len(batches), work.model.device)
+        marks.phase("update")
         update.step()
         update.zero_grad()
         marks.phase("idle")

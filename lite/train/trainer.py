@@ -104,7 +104,7 @@ class Trainer(transformers.Trainer):
         return [next(epoch_iterator)], None
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """Forward and backward of all packs of the batch; the detached loss. Raises RunError on a loss not finite."""
+        """Forward and backward of all packs of the batch; the detached loss. Nothing is fetched from the device yet."""
         model.train()
         self.current = inputs
         result = self.room.within(
@@ -116,13 +116,7 @@ class Trainer(transformers.Trainer):
         if self.current.spread and not self.split_told:
             self.split_told = True
             self.progress.note("pairs over tokens_per_pack are computed one completion at a time: the same gradient")
-        found = {"loss": result.loss, **result.averages}
-        # One copy from the GPU, which waits for the step; a float64 sum is the same in whatever parts it is made.
-        values = dict(zip(found, torch.stack([v.double() for v in found.values()]).tolist(), strict=True))
-        self._require_finite("loss", values["loss"], self.state.global_step + 1)
-        tokens = self.current.tokens
-        self.interval.add(values, tokens)
-        self.latest = {**{k: v for k, v in values.items() if not math.isnan(v)}, "tokens": tokens}
+        self.found = {"loss": result.loss, **result.averages}
         return result.loss
 
     def _begin_again(self) -> None:
@@ -151,12 +145,29 @@ class Trainer(transformers.Trainer):
         return super()._clip_grad_norm(model)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float:
-        """The norm before clipping, checked before the optimizer may use the gradient."""
+        """The norm before clipping; and where a step is waited for, before the optimizer may use its gradient.
+
+        Raises RunError if the loss or the norm is not finite.
+        """
         if self.galore and grad_norm is None:
             grad_norm = clip(self.galore, [], 0.0)
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        self._require_finite("gradient's norm", float(norm), self.state.global_step + 1)
+        ahead = self.state.global_step + 1
+        # All that the device has to do until then is queued, so that this costs no time of its own.
+        if not (self.refresh and self.refresh.is_due(ahead)):
+            self.batches.prepare(ahead, self.args.device)
+        # The step's one copy from the device; in float64 each number is itself.
+        *numbers, norm = torch.stack([v.double() for v in (*self.found.values(), norm)]).tolist()
+        values, tokens = dict(zip(self.found, numbers, strict=True)), self.current.tokens
+        self._require_finite("loss", values["loss"], ahead)
+        self._require_finite("gradient's norm", norm, ahead)
+        self.interval.add(values, tokens)
+        self.latest = {**{k: v for k, v in values.items() if not math.isnan(v)}, "tokens": tokens}
         return norm
+
+    def _maybe_log_save_evaluate(self, tr_loss: Tensor, *given: Any, **named: Any) -> None:
+        """Trainer's, but for its own sum of the losses, for which it would wait again; `log` takes the interval's."""
+        super()._maybe_log_save_evaluate(torch.zeros(()), *given, **named)
 
     def _require_finite(self, what: str, value: float, step: int) -> None:
         if not math.isfinite(value):

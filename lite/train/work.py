@@ -35,6 +35,7 @@ from lite.recipe import Recipe
 from lite.reference import precompute
 from lite.reference.lookup import Cached, FromColumns
 from lite.reference.store import Store
+from lite.reference.weights import Identity
 from lite.train import disk, failures, judged, machine, trackers
 from lite.train.batches import Batches
 from lite.train.memory import plan_run
@@ -69,9 +70,11 @@ class Work:
         """Every step of the run, in order, each laid out as there is room when it is read."""
         epoch = functools.lru_cache(maxsize=1)(self._epoch)
         steps_per_epoch = len(epoch(0, self.layout))
-        return Batches(
-            lambda number: epoch(number, self.layout), steps_per_epoch, planned_steps(self.recipe, self.data)
-        )
+        steps = planned_steps(self.recipe, self.data)
+        return Batches(lambda number: epoch(number, self.layout), steps_per_epoch, steps, self._made_by)
+
+    def _made_by(self) -> tuple[Layout, Identity | None]:
+        return self.layout, self.reference.identity if isinstance(self.reference, Cached) else None
 
     def _epoch(self, number: int, layout: Layout) -> EpochBatches:
         size, seed = self.recipe.batch_size, self.recipe.seed

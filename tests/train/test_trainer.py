@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainingArguments
 
+from lite.data.batches import plan_batches
 from lite.engine import score
 from lite.errors import RunError
 from lite.train import checkpoints, interrupt, metrics, samples, train
@@ -181,6 +183,38 @@ def test_learning_rate_warms_up_and_comes_down(trainer: Callable) -> None:
     rates = [line["learning_rate"] for line in lines if "learning_rate" in line]
     expected = [step / 3 for step in (1, 2, 3)] + [0.5 * (1 + math.cos(math.pi * step / 7)) for step in range(7)]
     assert rates == pytest.approx(expected)
+
+
+class Scalars(TorchDispatchMode):
+    """Counts the numbers that are asked of tensors one at a time, each of which a GPU would be waited for."""
+
+    asked = 0
+
+    def __torch_dispatch__(self, op: object, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+        result = op(*args, **(kwargs or {}))
+        # Not the zero of the host's that Trainer takes for the sum of its losses.
+        self.asked += "_local_scalar_dense" in str(op) and result != 0.0
+        return result
+
+
+def test_a_step_is_waited_for_once(trainer: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """For loss, metrics and norm together; to log them, and to lay out the next batch, takes no more."""
+    listed, epochs, tolist = [], [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: listed.append(tensor.dtype) or tolist(tensor))
+    monkeypatch.setattr(
+        "lite.train.work.plan_batches", lambda *a, **k: epochs.append(k["epoch"]) or plan_batches(*a, **k)
+    )
+    found = []
+    for steps in (2, 4, 7):
+        made = trainer(max_steps=steps, save_steps=100, optimizer="adamw", output_dir=str(tmp_path / str(steps)))
+        listed.clear()
+        with Scalars() as scalars:
+            made.train()
+        assert len(metrics.read(made.folder / "metrics.jsonl")) == steps
+        found.append((listed.count(torch.float64), scalars.asked))
+    assert [count for count, _ in found] == [2, 4, 7]
+    assert len({asked for _, asked in found}) == 1
+    assert epochs == [0, 0, 0, 1]  # of seven steps, five are an epoch's
 
 
 def test_no_room_on_the_gpu_says_what_to_lower(trainer: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

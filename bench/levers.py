@@ -6,22 +6,33 @@ Needs no card and no weights: the real step runs on meta tensors. Of each rung o
 recomputed: bytes that do not depend on the pack, bytes a token, the longest pack that fits. The arithmetic counts what
 must be there: NF4 weights, embeddings in bf16, fp32 adapters with gradients and states, a layer's input for each token
 and layer, and one layer's activations. The plan counts what the code allocates at its worst moment.
+Then each lever by itself, of the first model: a step of one pair in one pack with every layer recomputed, and the same
+with one lever changed; of the whole model's dry run, bytes on the card and on the host, and predicted seconds.
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from measuring import Found, command, machine, save
 
+from lite.engine.forward import CHUNK_TOKENS
+from lite.memory.levers import Levers
 from lite.model import catalog
+from lite.plan import skeleton
+from lite.plan.ladder import SMALL_CHUNK_TOKENS, TILE_TOKENS
+from lite.plan.lengths import Lengths, Row
 from lite.plan.longest import FAR, NEAR, reaches
 from lite.plan.target import target
+from lite.plan.trials import Settings, Trials
 from lite.recipe import Recipe
 from lite.sizes import GIB
 
 MODELS = ("qwen2.5-14b", "qwen3-14b")
 RANK = 16
 KIB = 1024
+# Completions of a pair, after a prompt of as many tokens: packs of 1,536 and of 8,190 tokens.
+PAIRS = (512, 2730)
 
 
 def arithmetic(shape: catalog.Shape) -> dict[str, tuple[float, float]]:
@@ -66,8 +77,53 @@ def rows_of(name: str) -> list[Found]:
     return rows
 
 
+def alone(name: str, each: int) -> list[Found]:
+    """What each lever by itself changes in a step of one pair, every layer recomputed."""
+    row = Row(each, (each, each))
+    recipe = Recipe(method="orpo", model=name, load_in_4bit=True, vram="24GB", lora_r=RANK, batch_size=1)
+    config = skeleton.config_of(recipe)
+    trials = Trials(recipe, config, Lengths(row, None, row.tokens, row.tokens, row, assumed=True), target(recipe))
+    layers = trials.layers
+    start = Settings(row.tokens, CHUNK_TOKENS, False, Levers(layers))
+    changed = {
+        "every layer recomputed": start,
+        "no layer recomputed": replace(start, levers=Levers(0)),
+        "their attention kept": replace(start, levers=Levers(layers, keep_attention=True)),
+        "their weights kept": replace(start, levers=Levers(layers, keep_weights=True)),
+        "the input embedding on the host": replace(start, levers=Levers(layers, embedding_on_host=True)),
+        f"logits of {SMALL_CHUNK_TOKENS} tokens at once": replace(start, chunk_tokens=SMALL_CHUNK_TOKENS),
+        "checkpoints on the host": replace(start, levers=Levers(layers, offload_checkpoints=True)),
+        f"the MLP in tiles of {TILE_TOKENS:,}": replace(start, levers=Levers(layers, mlp_tile_tokens=TILE_TOKENS)),
+        "the pair one completion at a time": replace(start, tokens_per_pack=row.longest, split_pairs=True),
+        "every layer on the host": replace(start, levers=Levers(layers, layers_on_host=layers)),
+    }
+    rows = []
+    for words, settings in changed.items():
+        outcome = trials.outcome(settings, settings.tokens_per_pack)
+        rows.append(
+            {
+                "model": name, "tokens": row.tokens, "lever": words, "device_bytes": outcome.peak_bytes,
+                "host_bytes": outcome.host_bytes, "step_seconds": outcome.cost.step_seconds(), "peak_in": outcome.phase,
+                "parts": dict(outcome.parts),
+            }
+        )  # fmt: skip
+    return rows
+
+
+def print_alone(rows: list[Found]) -> None:
+    """A line for each lever, beside the first one's."""
+    first = rows[0]
+    print(f"\n{first['model']}, NF4, r = {RANK}, one pair of {first['tokens']:,} tokens, one lever at a time")
+    print(f"{'lever':<34}" + "".join(f"{word:>12}" for word in ("card GiB", "change", "host GiB", "seconds", "change")))
+    for row in rows:
+        size, seconds = row["device_bytes"] / GIB, row["step_seconds"]
+        figures = (f"{size:.2f}", f"{size - first['device_bytes'] / GIB:+.2f}", f"{row['host_bytes'] / GIB:.2f}",
+                   f"{seconds:.3f}", f"{seconds / first['step_seconds'] - 1:+.1%}")  # fmt: skip
+        print(f"{row['lever']:<34}" + "".join(f"{figure:>12}" for figure in figures))
+
+
 def main() -> None:
-    """Plan both models and print the table."""
+    """Plan both models and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -91,7 +147,10 @@ def main() -> None:
         for row in [row for row in rows if row["model"] == name]:
             figures = [f"{row[key]:,.0f}" if row[key] > 1000 else f"{row[key]:.2f}" for key in keys]
             print(f"{row['lever']:<34}" + "".join(f"{figure:>12}" for figure in figures))
-    save({"command": command(), "machine": machine(), "rows": rows}, options.out)
+    one_by_one = [row for each in PAIRS for row in alone(MODELS[0], each)]
+    for each in PAIRS:
+        print_alone([row for row in one_by_one if row["tokens"] == 3 * each])
+    save({"command": command(), "machine": machine(), "rows": rows, "one_lever": one_by_one}, options.out)
 
 
 if __name__ == "__main__":

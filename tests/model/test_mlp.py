@@ -8,6 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from lite.device import meta_stands_for
 from lite.memory.checkpoint import checkpoint_layers
 from lite.memory.meter import Meter
 from lite.model import lora
@@ -91,7 +92,7 @@ def test_bf16_gradients_err_no_more_than_autograds_own():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gate_and_up_are_kept_and_no_product_of_theirs(kind: str):
-    """x, gate and up, and x Aᵀ of the first two projections."""
+    """x, once for both, gate and up, and x Aᵀ of the first two projections."""
     fused, _ = twins(kind)
     x = torch.randn(1, TOKENS, WIDTH).to(dtype_of(kind)).requires_grad_()
     with saved_tensors() as tensors:
@@ -162,6 +163,24 @@ def test_a_checkpointed_layer_does_not_compute_the_last_projection_again(ids: Te
         found.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
         assert sum(name.startswith("bitsandbytes::dequantize_4bit") for name, _ in meter.trace) == 2 * expected - 3
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_where_kernels_run_gate_and_up_become_their_gradients():
+    """On meta that stands for CUDA: one pass each way, no more (T, F) than d hidden, and no second backward."""
+    fused = holder("bf16", device="meta")
+    replace_mlps(fused)
+    x = torch.randn(1, 100 * TOKENS, WIDTH, device="meta", dtype=torch.bfloat16).requires_grad_()
+    with meta_stands_for("cuda"), Meter(trace=True) as meter:
+        result = fused(x)
+        meter.begin()
+        result.backward(torch.ones_like(result), retain_graph=True)
+        names = [name for name, _ in meter.trace]
+        assert names.count("lite::gated") == names.count("lite::gated_backward_") == 1
+        # d hidden, the gradient of the result, half as wide, and little of x Aᵀ and of A and B.
+        wide = 2 * 100 * TOKENS * INNER
+        assert 1.5 * wide <= meter.top["device"] - meter.static.total() < 1.6 * wide
+        with pytest.raises(RuntimeError, match="modified inplace"):
+            result.backward(torch.ones_like(result))
 
 
 @pytest.mark.parametrize("kind", KINDS)

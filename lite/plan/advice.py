@@ -20,7 +20,9 @@ def advice(recipe: Recipe, rows: Lengths, where: Target) -> Iterator[str]:
     config = skeleton.config_of(recipe)
 
     def fits(changed: Recipe, lengths: Lengths = rows) -> bool:
-        return search(Trials(changed, config, lengths, where), longest=False).fits
+        # Left open, it is chosen for its time once all fits.
+        settled = changed.model_copy(update={"keep_weights": bool(changed.keep_weights)})
+        return search(Trials(settled, config, lengths, where), longest=False).fits
 
     open_again = recipe.model_copy(update=dict.fromkeys(planned_settings()))
     if open_again.resolved() != recipe.resolved() and fits(open_again):

@@ -17,7 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ def machine() -> Found:
         "features": [feature for feature in FEATURES if f" {feature}" in cpu],
         "quiet_below": quiet_share(), "limited_by": {name: os.environ[name] for name in LIMITS if name in os.environ},
         "load_at_start": os.getloadavg(), "python": platform.python_version(),
-        **{name: version(name) for name in PACKAGES},
+        **{name: _version(name) for name in PACKAGES},
     }  # fmt: skip
 
 
@@ -177,6 +177,13 @@ def _busy_s() -> float:
 def _own_s() -> float:
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(one.ru_utime + one.ru_stime for one in used)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _git(*arguments: str) -> str:

@@ -227,7 +227,8 @@ def _trl(case: Case, tokens: int, watch: Watch, repeats: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         sys.stdout = sys.stderr  # it prints its metrics
         try:
-            trl_steps(model, tokens, Watch.FIRST_TIMED + repeats, watch, checkpointed=checkpointed, folder=folder)
+            steps = Watch.FIRST_TIMED + repeats
+            trl_steps(model, pair_sizes(tokens), steps, watch, checkpointed=checkpointed, folder=folder)
         finally:
             sys.stdout = standard_output
 

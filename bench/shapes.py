@@ -8,11 +8,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lite.data.examples import Place, TokenExample
-from lite.model import catalog, load
+from lite.model import catalog, load, matrices
 from lite.model.layers import decoder_layers
 from lite.model.norms import replace_norms
+from lite.optim import blocks
 
-STORAGES = ("nf4", "bf16", "fp32")  # of the layers' matrices
+STORAGES = ("nf4", "bf16", "fp32")  # of the layers' matrices; beside them int8, in blocks, whose weights are trained
 # What a CPU computes in a second: Qwen3's architecture with the vocabularies of Llama 2 and of Qwen.
 SMALL = {
     f"small-{vocabulary // 1000}k": catalog.Shape("", "qwen3", 6, 512, 1536, 8, 4, 64, vocabulary)
@@ -35,7 +36,10 @@ def compute_dtype(storage: str, device: torch.device) -> torch.dtype:
 
 
 def random_model(shape: catalog.Shape, storage: str, device: torch.device) -> PreTrainedModel:
-    """A model of this shape with random weights, as transformers would have it: nf4 is of the layers' matrices only."""
+    """A model of this shape with random weights, as transformers would have it; nf4, int8: the layers' matrices only.
+
+    Each matrix is made and quantised on the device by itself, so that no more than one is ever there in more bits.
+    """
     config, dtype = catalog.config(shape), compute_dtype(storage, device)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -44,6 +48,12 @@ def random_model(shape: catalog.Shape, storage: str, device: torch.device) -> Pr
             for name, linear in [(n, m) for n, m in layer.named_modules() if isinstance(m, nn.Linear)]:
                 layer.set_submodule(name, _four_bit(linear, device))
         model.is_loaded_in_4bit = True  # by which peft and TRL know it
+    if storage == "int8":
+        for linear in matrices.to_be_quantised(model).values():
+            codes, scale = blocks.quantised(_normal(linear.weight, device))
+            linear.weight = nn.Parameter(codes, requires_grad=False)
+            linear.register_buffer(matrices.SCALE, scale)
+            matrices.feed(linear)
     for module in model.modules():
         for name, tensor in list(module.named_parameters(recurse=False)):
             if tensor.is_meta:

@@ -162,7 +162,7 @@ def test_a_split_pair_is_counted_once(shaped) -> None:
 
 @pytest.mark.parametrize("recomputed", [0, 2])
 def test_two_layers_of_14b_by_hand(recomputed: int) -> None:
-    """As `floor_flops` of bench/card.py: what a step must compute. Recomputed, all goes forward again but for a layer's
+    """As bench/flops.py: what a step must compute. Recomputed, all goes forward again but for a layer's
     last product, whose result nobody asks for."""
     shape = replace(catalog.CATALOG["qwen2.5-14b"], layers=2)
     recipe, row = Recipe(model="qwen2.5-14b", load_in_4bit=True, lora_r=16), Row(512, (512, 512))

@@ -6,7 +6,8 @@
 Both run lite's attention, so that the difference is the linear layers, the MLP and the norms. Contenders run in turn;
 seconds are medians over rounds, bytes are what is alive after the forward beside the weights, and at the highest.
 NF4 computes in what this CPU multiplies fast, as `dtype: auto` does. `--shape` counts what a
-layer of 14B keeps by operator, on meta tensors as if on a card, where bf16 heads take the variable-length kernel.
+layer of 14B keeps by operator, on meta tensors as if on a card, where bf16 heads take the variable-length kernel; and
+how many operators it starts, views not among them, with the matrices cast once.
 """
 
 import argparse
@@ -34,6 +35,11 @@ from lite.model.branches import BranchTable
 from lite.model.layers import decoder_layers
 from lite.model.mlp import replace_mlps
 from lite.model.norms import replace_norms
+from lite.model.rotate import replace_rotary
+from lite.model.siblings import replace_projections
+from lite.plan.cards import CARDS
+from lite.plan.cost import Cost
+from lite.plan.dry_run import Account
 
 RANK, TILES = 16, 4
 SHAPES = {
@@ -66,7 +72,9 @@ def layer_of(shape: str, storage: str, contender: str, tile: int, device: str = 
         model = get_peft_model(model, LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM"))
     if "lite" in contender:
         lora.replace_forward(model)
+        replace_projections(model)
         replace_mlps(model)
+        replace_rotary(model)
     if "tiled" in contender:
         tile_mlps(model, tile)
     if "recomputed" in contender:
@@ -106,9 +114,13 @@ def kept(model: nn.Module, layer: nn.Module, tokens: int, meter: Meter) -> tuple
         meter.hold([p.grad for p in model.parameters() if p.grad is not None], "before")
         before = meter.live["device"]
         meter.begin()
+        meter.phase("forward")
         result = forward()
         after, meter.at_forward = meter.live["device"], meter.parts.copy()
-        result.backward(torch.ones_like(result))
+        meter.phase("idle")
+        slope = torch.ones_like(result)
+        meter.phase("backward")
+        result.backward(slope)
     return after - before, meter.top["device"] - before
 
 
@@ -127,8 +139,9 @@ def timed(shape: str, storage: str, contenders: list[str], tokens: int, rounds: 
         _, forward = forward_of(model, layer, tokens)
 
         def step(forward: Callable[[], Tensor] = forward) -> None:
-            result = forward()
-            result.backward(torch.ones_like(result))
+            with lora.cast_once():
+                result = forward()
+                result.backward(torch.ones_like(result))
 
         step()  # allocates and warms up
         steps[name] = step
@@ -159,7 +172,15 @@ def by_operator(contender: str, tokens: int = 16384) -> Found:
         after, top = kept(model, layer, tokens, meter)
     parts = {name: round(size / tokens / 1024, 2) for name, size in meter.at_forward.most_common() if name != "before"}
     shown = {name: size for name, size in parts.items() if size > 0}
-    return {"kept_kib": round(after / tokens / 1024, 2), "top_kib": round(top / tokens / 1024, 2), "operators": shown}
+    starts = Account(Cost(CARDS["rtx-4090"], pairs=0))
+    with meta_stands_for("cuda"), lora.cast_once():
+        kept(model, layer, tokens, starts)
+    return {
+        "starts": dict(starts.cost.started),
+        "kept_kib": round(after / tokens / 1024, 2),
+        "top_kib": round(top / tokens / 1024, 2),
+        "operators": shown,
+    }
 
 
 def main() -> None:

@@ -121,6 +121,8 @@ class _Products(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if all(grad is None for grad in grads):
+            return (None,) * len(ctx.needs_input_grad)
         parts, (low, *saved) = ctx.parts, ctx.saved_tensors
         dtype = low.dtype
         weights, source = saved[: len(parts)], saved[len(parts) + 2 * len(_with_adapter(parts)) :]

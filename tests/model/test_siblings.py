@@ -7,7 +7,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
+from lite.device import meta_stands_for
 from lite.memory.checkpoint import checkpoint_layers
+from lite.memory.meter import Meter
 from lite.model import lora
 from lite.model.lora import Adapted, products
 from lite.model.mlp import replace_mlps
@@ -71,6 +73,25 @@ def test_values_and_gradients_are_those_of_autograd(used: tuple[int, ...]):
         assert (ours is None and plain is None) or torch.allclose(ours, plain, rtol=1e-12, atol=1e-12)
 
 
+def test_results_whose_gradients_are_none_give_none():
+    """As a Function behind them may say."""
+    parts, x = parts_of(torch.float64, torch.float64), torch.randn(3, WIDTH, dtype=torch.float64, requires_grad=True)
+    Nothing.apply(products(x, parts)[0]).sum().backward()
+    assert [m.grad for m in (x, *masters_of(parts))] == [None] * 7
+
+
+class Nothing(torch.autograd.Function):
+    """Passes on a result and no gradient."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> None:
+        return None
+
+
 def test_in_bf16_together_err_no_more_than_apart():
     """Against fp64 of the same numbers, over 16 inputs: d x is rounded once a product here, and for each sum there."""
     parts, errors = parts_of(torch.bfloat16, torch.float32), {}
@@ -119,6 +140,26 @@ def test_kept_are_the_input_once_and_its_products_with_a():
     assert kept(changed) == low + 2 * TOKENS * WIDTH
     of_a = [torch.autograd.grad(sum(r.sum() for r in products(x, parts)), parts[0].a)[0] for x in (normed, plain)]
     assert torch.equal(*of_a)
+
+
+def test_the_gradient_of_the_input_is_one_buffer():
+    """Of 2,000 tokens: d x, and x made again before that, each (T, 48) in bf16, never both; d low beside them."""
+    parts, tokens = parts_of(torch.bfloat16, torch.float32), 2000
+    parts = [
+        Adapted(
+            p.base.to("meta"), *[m if m is None else m.detach().to("meta").requires_grad_() for m in p[1:3]], p.scale
+        )
+        for p in parts
+    ]
+    with meta_stands_for("cuda"), Meter() as meter:
+        residual = torch.randn(tokens, WIDTH, device="meta", dtype=torch.bfloat16, requires_grad=True)
+        x = rms_norm(residual, torch.ones(WIDTH, device="meta", dtype=torch.bfloat16), 1e-6)
+        results = products(x, parts)
+        slopes = [torch.empty_like(result) for result in results]
+        meter.begin()
+        torch.autograd.grad(results, [x, *masters_of(parts)], slopes)
+        low, of_x = 2 * tokens * 10, 2 * tokens * WIDTH
+        assert of_x + low <= meter.top["device"] - meter.static.total() < 1.1 * of_x + low
 
 
 def adapted(architecture: str = "qwen3", *, installed: bool = True, **settings: object) -> PeftModel:

@@ -11,12 +11,12 @@ left out by name. Where memory runs out under the cap, that is the row's figure,
 --shrink tries a row of each kind with tiny shapes, on the CPU where there is no card; its figures say nothing.
 
 On a card that is lent without a network, carry wheels (47 MB): bitsandbytes liger-kernel pydantic pydantic-core
-annotated-types typing-inspection, for TRL's rows trl datasets dill multiprocess. Then two commands of under 10 minutes:
+annotated-types typing-inspection, and for TRL's rows trl datasets dill multiprocess. Two calls of under 10 minutes do,
+each after `python3 -m pip install -q --no-index --no-deps --target /tmp/site .whl/*.whl; export PYTHONPATH=/tmp/site:.`
 
-    SETUP='python3 -m pip install -q --no-index --no-deps --target /tmp/site .whl/*.whl; export PYTHONPATH=/tmp/site:.'
-    $SETUP; python3 -u bench/card.py --minutes 8 --commit COMMIT --out $OUT/card.json --table $OUT/card.md
-    $SETUP; python3 -u bench/card.py --galore --minutes 3 --commit COMMIT --out $OUT/galore.json;
-            python3 -m pytest -m gpu tests
+    python3 -u bench/card.py --minutes 8 --commit COMMIT --out $OUT/card.json --table $OUT/card.md
+    python3 -u bench/card.py --galore --minutes 3 --commit COMMIT --out $OUT/galore.json;
+    python3 -m pytest -m gpu $(grep -rl mark.gpu tests)
 """
 
 import argparse
@@ -57,7 +57,7 @@ ALL = "lite, all recomputed"
 TAKES_S = {"plain": 25, "trl": 45, "galore": 60}  # about, with the model's making; lite's by its plan
 LITE_S = 15
 TOGETHER = 10  # products that are timed together
-# What a floor is taken at beside the rate that is measured: perf.md, by the name of the card; else as of an H200.
+# What a floor is taken at beside the rate that is measured, by the name of the card; else as of an H200.
 PUBLISHED_TFLOPS = {"4090": 165, "H100": 790, "H200": 790}
 
 
@@ -168,6 +168,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, help="steps that are timed")
     parser.add_argument("--only", nargs="+", default=[""], help="rows whose name has one of these in it: `dpo trl`")
     parser.add_argument("--shrink", action="store_true", help="tiny shapes; the figures say nothing")
+    parser.add_argument("--workers", type=int, help="processes that plan (cores to spare, at most 4)")
     parser.add_argument("--commit", help="that is measured, where git cannot tell")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--table", type=Path, help="a Markdown file")
@@ -195,7 +196,7 @@ def main() -> None:
         if options.shrink:
             chosen = _one_of_each(chosen, sizes)
         chosen = [job for job in chosen if any(words in job.name for words in options.only)]
-        plans = Plans(where)
+        plans = Plans(where, options.workers)
         for job in chosen:
             if job.contender not in TAKES_S:
                 plans.order(job.name, settings_for(job, folder, options), job.row)

@@ -49,9 +49,10 @@ class Planned:
 class Plans:
     """Plans on their way, by name; where cores are few they are made when they are asked for."""
 
-    def __init__(self, where: Target) -> None:
+    def __init__(self, where: Target, workers: int | None = None) -> None:
+        """workers: processes that plan; without them as many as there are cores to spare."""
         self.where = where
-        workers = min(WORKERS, (os.cpu_count() or 1) - 2)
+        workers = min(WORKERS, (os.cpu_count() or 1) - 2) if workers is None else workers
         context = get_context("spawn")  # a fork would take CUDA's state along
         self._pool = ProcessPoolExecutor(workers, context, _alone) if workers > 0 else None
         self._made: dict[str, Future[Planned] | Callable[[], Planned]] = {}

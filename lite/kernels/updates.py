@@ -1,4 +1,4 @@
-"""The operators `lite::add_rounded_` and `lite::add_blocks_`: a weight's update and its stochastic rounding in one pass.
+"""The operators `lite::add_rounded_` and `lite::add_blocks_`: a weight's update and its stochastic rounding at once.
 
 Who calls them asks `operators.at_hand(addend)` first; the plain twins are lite.optim.rounding and lite.optim.blocks.
 """

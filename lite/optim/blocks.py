@@ -11,7 +11,7 @@ import bitsandbytes  # noqa: F401, its operators
 import torch
 from torch import Tensor
 
-from lite.optim.rounding import to_integer_
+from lite.optim.rounding import Drawn, to_integer_
 
 BLOCK = 128  # weights to a scale
 ZERO, LIMIT = 128, 127  # the code of 0; codes lie in ZERO ± LIMIT
@@ -32,12 +32,12 @@ def dequantised(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.ops.bitsandbytes.dequantize_blockwise.default(codes, scale, grid(codes.device), BLOCK, dtype)
 
 
-def rounded_into_(codes: Tensor, scale: Tensor, exact: Tensor, generator: torch.Generator | None) -> None:
+def rounded_into_(codes: Tensor, scale: Tensor, exact: Tensor, drawn: Drawn) -> None:
     """Put `exact` (fp32, whole blocks, overwritten) into codes and scales, each block's scale estimated anew."""
     blocks = _blocks(exact)
     found = _scale(blocks)
     blocks.mul_(_inverse(found)[:, None])
-    to_integer_(blocks, generator).clamp_(-LIMIT, LIMIT).add_(ZERO)
+    to_integer_(blocks, drawn).clamp_(-LIMIT, LIMIT).add_(ZERO)
     codes.copy_(blocks.view(-1)[: codes.numel()].view(codes.shape))
     scale.copy_(found)
 

@@ -7,6 +7,8 @@ import hashlib
 
 import torch
 
+_PHILOX = 4  # numbers of Philox to a count, and the least by which an offset may move
+
 
 class Draws:
     """Generators of one optimizer, one for each device."""
@@ -35,3 +37,20 @@ class Draws:
     def _seed(self, *place: str | int) -> int:
         digest = hashlib.blake2b(repr((self.seed, *place)).encode(), digest_size=8).digest()
         return int.from_bytes(digest) >> 1
+
+
+def key(generator: torch.Generator | None) -> tuple[int, int]:
+    """For a kernel that draws by itself: a seed, and the first of 2³⁶ counts that nobody else has of this generator.
+
+    Nothing is waited for. Without a generator, on meta, any.
+    """
+    if generator is None:
+        return 0, 0
+    if generator.device.type != "cuda":
+        return int(torch.randint(2**62, (), generator=generator)), 0
+    state = generator.get_state()  # on the host: a seed and an offset
+    numbers = state.view(torch.int64)
+    seed, offset = numbers.tolist()
+    numbers[1] += _PHILOX
+    generator.set_state(state)
+    return seed, (offset // _PHILOX + 1) << 36  # the generator's own numbers are at counts from 0 on

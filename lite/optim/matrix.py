@@ -16,12 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from lite.device import kind
+from lite.kernels import operators, updates
 from lite.loss.chunks import precise
 from lite.optim import blocks
+from lite.optim.draws import key
 from lite.optim.rounding import to_bfloat16
 
 CHUNK = 4 * 2**20  # weights that are updated at once: they stay in a CPU's cache
 CHUNK_ON_CUDA = 8 * 2**20  # each chunk is some twenty kernels to start, and takes 20 bytes a weight meanwhile
+CHUNK_IN_ONE_PASS = 32 * 2**20  # two kernels to start, 4 bytes a weight
 Gathers = Literal["sketch", "whole"]
 
 
@@ -123,7 +126,10 @@ class Matrix:
 
         A few rows of W at a time, so that no second matrix of its size ever exists.
         """
-        for start, stop in self._row_blocks():
+        if (self.scale is not None or self.weight.dtype == torch.bfloat16) and operators.at_hand(change):
+            self._update_in_one_pass(change, decay, generator)
+            return
+        for start, stop in self._row_blocks(CHUNK_ON_CUDA if kind(self.weight) == "cuda" else CHUNK):
             left, right = self._factors(change, start, stop)
             rows = self.weight[start:stop]
             if self.scale is None and rows.dtype == self.exact:
@@ -138,6 +144,20 @@ class Matrix:
                 rows.copy_(to_bfloat16(exact, generator))
             else:
                 blocks.rounded_into_(rows, self.scale[self._blocks(start, stop)], exact, generator)
+
+    def _update_in_one_pass(self, change: Tensor, decay: float, generator: torch.Generator | None) -> None:
+        seed, first = key(generator)
+        width = self.weight.shape[1]
+        for start, stop in self._row_blocks(CHUNK_IN_ONE_PASS):
+            left, right = self._factors(change, start, stop)
+            addend = right.contiguous() if left is None else left @ right  # (rows, in)
+            drawn = {"seed": seed, "first": first + start * width // 4}
+            rows = self.weight[start:stop]
+            if self.scale is None:
+                updates.add_rounded_(rows, addend, decay, **drawn)
+            else:
+                updates.add_blocks_(rows, self.scale[self._blocks(start, stop)], addend, decay, **drawn)
+            del addend  # before the next is made
 
     @torch.no_grad()
     def wait(self, change: Tensor, decay: float) -> None:
@@ -203,10 +223,9 @@ class Matrix:
         assert left is not None, "without a basis nothing waits"
         return left.to(dtype), right.to(dtype)
 
-    def _row_blocks(self) -> Iterator[tuple[int, int]]:
+    def _row_blocks(self, most: int) -> Iterator[tuple[int, int]]:
         out, width = self.weight.shape
         whole = blocks.BLOCK // math.gcd(blocks.BLOCK, width)  # rows that are whole blocks of 8 bits
-        most = CHUNK_ON_CUDA if kind(self.weight) == "cuda" else CHUNK
         step = max(1, most // width // whole) * whole
         return ((start, min(start + step, out)) for start in range(0, out, step))
 

@@ -1,4 +1,4 @@
-"""A weight's update in one pass: in Triton's interpreter and on a card (updated.py), on meta, compiled, and its draws."""
+"""A weight's update in one pass: in Triton's interpreter and on a card (updated.py), on meta, compiled; its draws."""
 
 import os
 import subprocess

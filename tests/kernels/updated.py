@@ -51,6 +51,8 @@ def test_sixteen_bits_are_the_plain_twins(shape: tuple[int, int], decay: float):
     weight, addend = normal(*shape).bfloat16(), normal(*shape, seed=1) * 1e-3
     for i, odd in enumerate((float("nan"), float("inf"), -0.0, 3e38, 1e-39)[: weight.numel()]):
         addend.view(-1)[i] = odd
+    if weight.numel() > 5:
+        addend.view(-1).view(torch.int32)[5] = 0x7FFFFFFF  # CUDA's NaN, which a carry would make −0
     noise = (philox(SEED, FIRST, weight.numel()) >> 16).int().view(shape)
     expected = to_bfloat16((weight.float() * decay).add_(addend), noise)
     updates.add_rounded_(weight, addend, decay, seed=SEED, first=FIRST)
@@ -81,31 +83,31 @@ def test_eight_bits_are_the_plain_twins(shape: tuple[int, int], decay: float):
     assert torch.equal(found[1].nan_to_num(-1), expected[1].nan_to_num(-1))
 
 
-@pytest.mark.parametrize("part", [0.2, -0.0004])
-def test_updates_far_below_a_step_arrive_on_average(part: float):
-    """50 updates of a part of a step, 64·1,024 weights on their grid: the mean has gone 50 parts, within 5 σ."""
-    start = torch.full((64, 1024), 1.5, dtype=torch.bfloat16, device=DEVICE)  # its step is 2⁻⁷
+@pytest.mark.parametrize("part", [0.2, -0.3])
+def test_updates_below_half_a_step_arrive_on_average(part: float):
+    """4 updates of a part of a step, 16·1,024 weights on their grid: the mean has gone 4 parts, within 5 σ."""
+    start = torch.full((16, 1024), 1.5, dtype=torch.bfloat16, device=DEVICE)  # its step is 2⁻⁷
     weight, change = start.clone(), torch.full(start.shape, part * 2.0**-7, device=DEVICE)
     codes = torch.full(start.shape, 100, dtype=torch.uint8, device=DEVICE)
     codes[:, ::128] = 255  # the largest of its block, kept out of the update, so that a step stays a step
     scale = torch.full((codes.numel() // 128,), 127.0, device=DEVICE)
     step = torch.full(start.shape, part, device=DEVICE)
     step[:, ::128] = 0
-    for call in range(50):
+    for call in range(4):
         updates.add_rounded_(weight, change, 1.0, seed=3, first=call << 36)
         updates.add_blocks_(codes, scale, step, 1.0, seed=4, first=call << 36)
-    bound = 5 * (50 * abs(part) / start.numel()) ** 0.5
-    assert bound < 50 * abs(part) / 3
+    bound = 5 * (4 * abs(part) / start.numel()) ** 0.5
+    assert bound < 4 * abs(part) / 10
     moved = (weight.float() - 1.5).mean().item() * 2**7
-    assert abs(moved - 50 * part) <= bound
+    assert abs(moved - 4 * part) <= bound
     moved = (codes[step != 0].float() - 100).mean().item()
-    assert abs(moved - 50 * part) <= bound
+    assert abs(moved - 4 * part) <= bound
     assert scale.tolist() == [127.0] * len(scale)
 
 
 @pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize("projected", [True, False])
-@pytest.mark.parametrize("shape", [(40, 96), (96, 41)], ids=str)
+@pytest.mark.parametrize("shape", [(24, 96), (160, 41)], ids=str)
 def test_a_matrix_is_updated_alike_however_it_is_cut(
     shape: tuple[int, int], projected: bool, bits: int, monkeypatch: pytest.MonkeyPatch
 ):
@@ -118,14 +120,15 @@ def test_a_matrix_is_updated_alike_however_it_is_cut(
         )
     assert operators.at_hand(change)
     results = []
-    for chunk in (300, 10**6):
+    for chunk in (900, 10**6):
         monkeypatch.setattr(matrix, "CHUNK_IN_ONE_PASS", chunk)
         if bits == 8:
             codes, scale = blocks.quantised(normal(*shape))
             made = Matrix(nn.Parameter(codes, requires_grad=False), scale)
         else:
             made = Matrix(nn.Parameter(normal(*shape).bfloat16()))
-        made.basis = subspace.at_random(made.short, 8, torch.device("cpu"), None).to(DEVICE) if projected else None
+        made.basis = subspace.at_random(made.short, 8, DEVICE, torch.Generator(DEVICE).manual_seed(1))
+        made.basis = made.basis if projected else None
         of_weight = made.basis @ change if projected else change
         before = made.rows(0, shape[0])
         expected = 0.75 * before + (of_weight.t() if made.transposed else of_weight)
@@ -133,8 +136,7 @@ def test_a_matrix_is_updated_alike_however_it_is_cut(
         step = expected.abs().max() / 127 if bits == 8 else expected.abs() * 2**-7
         assert bool(((made.rows(0, shape[0]) - expected).abs() <= step * 1.001 + 1e-6).all())
         results.append(made.weight.detach().clone())
-        torch.manual_seed(0)
     assert sum(calls) == 2 * shape[0]
-    assert len(calls) > 3
+    assert len(calls) >= 3
     if not projected:  # a product of fewer rows may be summed in another order
         assert torch.equal(*results)

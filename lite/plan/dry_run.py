@@ -2,8 +2,8 @@
 
 Nothing here knows how a step works; it runs `engine.step` and the recipe's own optimizer, and counts. So a plan cannot
 drift from the code. What a real run and this one do not share is said in `memory/workspace.py`, and by the reserve.
-Where whole weights are trained, the pack is a later one of its step, which finds the gradients of the earlier ones; and
-by GaLore the step is the one of the run in which refreshes take the most (refreshes.py).
+The pack is a later one of its step, if there are several, which finds the gradients of the earlier ones; and by GaLore
+the step is the one of the run in which refreshes take the most (refreshes.py).
 """
 
 import contextlib
@@ -88,10 +88,12 @@ def dry_run(
     device_type: str,
     trace: bool = False,
     refreshing: bool = True,
+    later: bool = False,
 ) -> Outcome:
     """One whole step of `batch` (one pack) on a skeleton, its optimizer's states there before it begins.
 
-    refreshing: whether GaLore's step is the heaviest one, or one in which no subspace is looked for.
+    refreshing: whether GaLore's step is the heaviest one, or one in which no subspace is looked for; later: whether
+    the pack is not the first of its step, and finds the gradients of those before it.
     """
     scalars = Scalars.of(recipe, model.device)
     objective = Objective.of(recipe.signature, recipe.hyperparameters, scalars.values)
@@ -99,7 +101,6 @@ def dry_run(
     cost = Cost(card, round(sum(visible_pairs(pack) for pack in batch.packs) / len(batch.packs)))
     granule = CUDA_GRANULE if device_type == "cuda" else 1
     meter = Account(cost, granule=granule, words=words_of(model), trace=trace)
-    later = recipe.full and recipe.batch_size > 1
     with meta_stands_for(device_type), marks.watching(meter), _meta_optimizers():
         run(model, batch, recipe, path, objective, scalars, meter, refreshing=refreshing, later=later)
     return outcome(meter)

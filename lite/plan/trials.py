@@ -100,7 +100,11 @@ class Trials:
             batch = lengths.batch_of(self.rows, layout, tokens)
             card = self.target.card
             path, whole = path_of(recipe), layers is None
-            return dry_run.dry_run(model, batch, recipe, path, card=card, device_type=device_type, refreshing=whole)
+            # Laws of short and long packs are of one kind: which steps are of one pack is known where all is chosen.
+            later = recipe.batch_size > 1 and (not whole or self.rows.most_tokens > tokens)
+            return dry_run.dry_run(
+                model, batch, recipe, path, card=card, device_type=device_type, refreshing=whole, later=later
+            )
 
     def static(self) -> dict[str, int]:
         """Bytes of the weights, an adapter's left out: of the layers, the input embedding, the head, and the rest."""

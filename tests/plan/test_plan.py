@@ -17,6 +17,7 @@ from lite.plan.longest import reaches
 from lite.plan.plan import Plan, _confirmed, plan
 from lite.plan.search import search
 from lite.plan.target import target
+from lite.plan.trials import Settings
 from lite.recipe import Recipe, planned_settings
 from lite.sizes import GIB
 from tests.plan.conftest import trials_of, where_of, wide_recipe
@@ -55,6 +56,15 @@ def test_with_layers_on_the_host_as_well(shaped) -> None:
     assert quick.peak_bytes == pytest.approx(outcome.peak_bytes, rel=0.005)
     assert quick.host_bytes == pytest.approx(outcome.host_bytes, rel=0.005)
     assert sum(quick.parts.values()) == pytest.approx(quick.peak_bytes + quick.target.reserve_bytes, abs=16)
+
+
+def test_a_later_pack_of_a_step_finds_the_gradients_of_the_earlier_ones(shaped) -> None:
+    """The peak is in the last layer's backward, before a first pack has any; a step of one pack has none to find."""
+    trials = trials_of(wide_recipe(shaped(3), **REST | {"batch_size": 2}), 450 * MIB)
+    alone, settings = trials.rows.longest.tokens, Settings(0, 512, levers=Levers(recompute_layers=3))
+    later, only = (trials.outcome(settings, tokens) for tokens in (alone, 2 * alone))
+    assert later.parts["gradients"] == pytest.approx(later.parts["adapters"], rel=1e-3)
+    assert only.parts["gradients"] < 0.5 * only.parts["adapters"]
 
 
 def test_where_the_whole_model_takes_more_than_the_law_says(shaped) -> None:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from bitsandbytes.nn import Linear8bitLt
 from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -107,10 +108,7 @@ class _Products(torch.autograd.Function):
         results, weights = [], []
         for part, columns in zip(parts, _ranks(parts), strict=True):
             kept = weight_of(part.base, x.dtype) if ctx.needs_input_grad[0] and serves_backward(part.base) else None
-            result = product(part.base, flat, weight=kept)  # (T, out)
-            if part.a is not None:
-                result.addmm_(low[:, columns], cast(x.dtype, part.b).t(), alpha=part.scale)
-            results.append(result.view(*x.shape[:-1], -1))
+            results.append(adapted_product(part, flat, low[:, columns], weight=kept).view(*x.shape[:-1], -1))
             weights.append(kept)
         ctx.save_for_backward(low, *weights, *matrices, *((flat,) if normed is None else normed))
         ctx.set_materialize_grads(False)
@@ -141,11 +139,32 @@ class _Products(torch.autograd.Function):
         del x, source, saved  # before d x is there
         d_x = None
         if ctx.needs_input_grad[0]:
+            d_x = d_low @ _all_a(parts, dtype)  # (T, in)
             for part, grad, kept in zip(parts, grads, weights, strict=True):
-                d_x = d_x if grad is None else _add_back(d_x, grad, part.base, kept)
-            d_x = d_x.addmm_(d_low, _all_a(parts, dtype)).view(ctx.shape)
+                if grad is not None:
+                    d_x.addmm_(grad, weight_of(part.base, dtype) if kept is None else kept)
+            d_x = d_x.view(ctx.shape)
         each_d_a = [d_a[rows] for part, rows in zip(parts, _ranks(parts), strict=True) if part.a is not None]
         return d_x, None, None, *itertools.chain(*zip(each_d_a, d_b, strict=True))
+
+
+def adapted_product(
+    part: Adapted, x: Tensor, low: Tensor | None, out: Tensor | None = None, *, weight: Tensor | None = None
+) -> Tensor:
+    """base(x) + scale · low Bᵀ in x's dtype, without gradient; x (T, in), low = x Aᵀ (T, R), returns (T, out).
+
+    The small product first, onto which the large one is added as it is made: its result is rounded once, and not read
+    and written again for the sake of the small one. As `frozen.product` it takes `out` and `weight`.
+    """
+    base, bias = part.base, part.base.bias
+    if part.b is None:
+        return product(base, x, out, weight=weight)
+    up = cast(x.dtype, part.b).t()
+    if bias is not None and isinstance(base, Linear8bitLt):  # whose bias is added to what is rounded, as without B
+        return product(base, x, out, weight=weight).addmm_(low, up, alpha=part.scale)
+    beta, start = (0, low.new_empty(())) if bias is None else (1, bias.to(x.dtype))
+    result = torch.addmm(start, low, up, beta=beta, alpha=part.scale, out=out)
+    return result.addmm_(x, (weight_of(base, x.dtype) if weight is None else weight).t())
 
 
 @contextmanager
@@ -211,11 +230,6 @@ def _slices(lengths: Sequence[int]) -> list[slice]:
 
 def _all_a(parts: Sequence[Adapted], dtype: torch.dtype) -> Tensor:
     return cast(dtype, *[part.a for part in _with_adapter(parts)])  # (ΣR, in)
-
-
-def _add_back(total: Tensor | None, grad: Tensor, base: nn.Linear, weight: Tensor | None) -> Tensor:
-    weight = weight_of(base, grad.dtype) if weight is None else weight
-    return grad @ weight if total is None else total.addmm_(grad, weight)
 
 
 def _add_product(result: Tensor, low: Tensor, up: Tensor, scale: float) -> Tensor:

@@ -19,8 +19,8 @@ from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
 from lite.kernels import operators
 from lite.model.code import same_code
-from lite.model.frozen import product, weight_of
-from lite.model.lora import Adapted, adapted, cast, products
+from lite.model.frozen import weight_of
+from lite.model.lora import Adapted, adapted, adapted_product, cast, products
 from lite.model.matrices import matrix_of
 from lite.optim.matrix import Matrix
 
@@ -122,9 +122,10 @@ class _Tail(torch.autograd.Function):
             d_b = grad.new_empty(b.shape).addmm_(grad.t(), low, beta=0, alpha=scale).to(b.dtype)
             del hidden  # before d_hidden is there: never more than two (T, F) beside gate and up
         if any(ctx.needs_input_grad[:2]):
-            d_hidden = grad @ weight_of(base, grad.dtype)  # (T, F)
-            if a is not None:
-                d_hidden.addmm_(d_low, cast(grad.dtype, a))
+            weight = weight_of(base, grad.dtype)
+            # (T, F); the small product first, as in `lora.adapted_product`
+            d_hidden = grad @ weight if a is None else (d_low @ cast(grad.dtype, a)).addmm_(grad, weight)
+            del weight
             d_gate, d_up = _into_halves(d_hidden, gate, up, ctx.activation)
         return d_gate, d_up, None, None, d_a, d_b
 
@@ -167,10 +168,8 @@ def _into_halves(d_hidden: Tensor, gate: Tensor, up: Tensor, activation: Activat
 
 def _fill(result: Tensor, gate: Tensor, up: Tensor, activation: Activation, parts: Adapted) -> None:
     hidden = _gated(gate, up, activation)  # (T, F)
-    product(parts.base, hidden, out=result)
-    if parts.a is not None:
-        low = hidden @ cast(gate.dtype, parts.a).t()  # (T, R)
-        result.addmm_(low, cast(gate.dtype, parts.b).t(), alpha=parts.scale)
+    low = None if parts.a is None else hidden @ cast(gate.dtype, parts.a).t()  # (T, R)
+    adapted_product(parts, hidden, low, out=result)
 
 
 def _halves(mlp: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:

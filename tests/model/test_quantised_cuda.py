@@ -74,7 +74,7 @@ def by_sequence(model: PeftModel, example) -> list[Tensor]:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_it_errs_no_more_than_plain_bf16(token_examples, device: str, kind: str):
-    """RMS error of log-probs and of gradients against fp32, over some adapters: at most 1.5 times the plain model's,
+    """RMS error of log-probs and of gradients against fp32, over some adapters: at most 1.25 times the plain model's,
     on the same device; the truth is far from both zero and them."""
     ours, naive, truths = [], [], []
     for seed in SEEDS:
@@ -86,4 +86,4 @@ def test_it_errs_no_more_than_plain_bf16(token_examples, device: str, kind: str)
             errors.append([float((a - b).square().mean()) for a, b in zip(found, truth, strict=True)])
         truths.append([float(one.square().mean()) for one in truth])
     for a, b, size in zip(*(torch.tensor(of).mean(0).sqrt() for of in (ours, naive, truths)), strict=True):
-        assert 0 < a <= 1.5 * b < 0.25 * size
+        assert 0 < a <= 1.25 * b < 0.25 * size

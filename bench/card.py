@@ -32,13 +32,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from card_galore import MODELS as GALORE_MODELS
-from card_galore import galore_row, settings_of
-from card_plans import Planned, Plans, long_pair
-from card_rivals import plain_row, trl_row
-from card_rows import Bench, lite_row
-from card_table import COLUMNS, cells, galore_lines, line, markdown
 from measuring import Found, command, save
+from on_card.galore import MODELS as GALORE_MODELS
+from on_card.galore import galore_row, settings_of
+from on_card.plans import Planned, Plans, long_pair
+from on_card.rivals import plain_row, trl_row
+from on_card.rows import Bench, lite_row
+from on_card.table import COLUMNS, cells, galore_lines, line, markdown
 
 from lite.model import catalog
 from lite.plan.cards import CONTEXT_BYTES

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.flops import work
+from bench.on_card.flops import work
 from lite.model.catalog import CATALOG
 
 QWEN = CATALOG["qwen2.5-14b"]

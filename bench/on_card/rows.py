@@ -13,9 +13,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from card_plans import Planned
-from flops import work
 from measuring import Found
+from on_card.flops import work
+from on_card.plans import Planned
 from shapes import as_lite_loads, random_example, random_model
 from steps import Step, found_out_of_memory, lite_step
 from torch import nn

@@ -13,10 +13,10 @@ import time
 from collections.abc import Callable
 
 import torch
-from card_rows import WARM_UP, Bench, Count, example_of, peaks, settle, speeds, timed
 from contenders import LORA
-from flops import work
 from measuring import Found
+from on_card.flops import work
+from on_card.rows import WARM_UP, Bench, Count, example_of, peaks, settle, speeds, timed
 from shapes import random_model
 from steps import found_out_of_memory, plain_step, trl_steps
 from torch import nn

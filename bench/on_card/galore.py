@@ -9,9 +9,9 @@ import time
 from typing import Any
 
 import torch
-from card_plans import Planned
-from card_rows import Bench, Count, example_of, peaks, planned_figures, settle, speeds, timed
 from measuring import Found
+from on_card.plans import Planned
+from on_card.rows import Bench, Count, example_of, peaks, planned_figures, settle, speeds, timed
 from shapes import as_lite_loads, random_model
 from steps import found_out_of_memory, lite_step
 from torch import nn

@@ -58,7 +58,7 @@ PACKAGES = {
     "misfits": {"pydantic"},
     "recipe": {"pydantic", "yaml"},
     "device": MATHEMATICS,
-    "kernels": MATHEMATICS | {"triton"},
+    "kernels": MATHEMATICS | {"triton", "bitsandbytes"},
     "loss": MATHEMATICS | {"liger_kernel", "triton"},
     "optim": MATHEMATICS | {"bitsandbytes"},
     "data": DATA,

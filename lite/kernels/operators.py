@@ -1,19 +1,20 @@
-"""The operators `lite::…`: RMSNorm, the gated product of an MLP and the rotary turn, each in one pass over memory.
+"""The operators `lite::…`: RMSNorm, an MLP's gated product, the rotary turn, NF4 weights, each in one pass over memory.
 
 Operators of torch, so that a dispatch mode sees each of them as one, on meta as well as on a GPU. They have no
 gradient: autograd Functions call them. On a CPU the same kernels run in Triton's interpreter, for tests. Who calls them
 asks `at_hand` first and has a plain twin for where they are not.
 """
 
-import functools
-import importlib.util
+import math
 import os
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lite.device import kind
+from lite.kernels import trial
 
 Activation = Literal["silu", "gelu_tanh"]
 
@@ -30,19 +31,24 @@ _library.define(
     "gated_backward_(Tensor d_hidden, Tensor(a!) gate, Tensor(b!) up, str activation) -> (Tensor(a!), Tensor(b!))"
 )
 _library.define("rotate(Tensor x, Tensor cos, Tensor sin, bool backward) -> Tensor")
+_library.define(
+    "four_bits(Tensor packed, Tensor absmax, Tensor code, Tensor? code2, Tensor? absmax2, Tensor? offset,"
+    " int blocksize, SymInt[] shape, ScalarType dtype) -> Tensor"
+)
 
 
 def at_hand(x: Tensor) -> bool:
-    """Whether these operators run for `x`: bf16, fp16 or fp32 on CUDA with Triton there, or on meta that stands for it.
+    """Whether these operators run for `x`: bf16, fp16 or fp32 on CUDA, if a trial there (`lite.kernels.trial`) passed.
 
-    With TRITON_INTERPRET=1 on a CPU as well.
+    On meta that stands for CUDA as that trial went, and if none was made they do. With TRITON_INTERPRET=1 on a CPU as
+    well. The first question for a device makes the trial, which waits for it.
     """
-    if x.dtype not in DTYPES:
-        return False
-    place = kind(x)
-    if place == "cuda":
-        return x.is_meta or _triton_is_there()
-    return _INTERPRETED and place == "cpu"
+    return x.dtype in DTYPES and _verdict(x).kernels
+
+
+def four_bits_at_hand(packed: Tensor) -> bool:
+    """The same of `four_bits`, for a packed weight: it may be left out alone."""
+    return packed.dtype == torch.uint8 and _verdict(packed).four_bits
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -111,14 +117,39 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, backward: bool = False) -> Te
     return torch.ops.lite.rotate.default(x, cos.contiguous(), sin.contiguous(), backward)  # (B, H, T, d)
 
 
+def four_bits(
+    packed: Tensor, absmax: Tensor, code: Tensor, nested: tuple[Tensor, ...], *,
+    blocksize: int, shape: Sequence[int], dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """What an NF4 weight stands for, in its shape and in `dtype`: code[half a byte] · scale of its block.
+
+    packed (bytes, 1) uint8, the first weight of each two in the high half; code (16,) fp32; absmax (blocks,) fp32 is
+    the scales, or uint8, and they are code2[absmax] · absmax2 + offset with nested = code2 (256,), absmax2 (one for
+    each 256 blocks), offset (), all fp32. blocksize: a power of two in [32, 4096]. Bit for bit what bitsandbytes gives.
+    """
+    count = math.prod(shape)
+    assert packed.dtype == torch.uint8, f"packed in {packed.dtype}"
+    assert packed.numel() == (count + 1) // 2, f"{packed.numel()} bytes of {count} weights"
+    assert absmax.dtype == (torch.uint8 if nested else torch.float32), f"absmax in {absmax.dtype}"
+    assert absmax.numel() == -(-count // blocksize), f"{absmax.numel()} scales of {count} weights"
+    assert 32 <= blocksize <= 4096, f"blocks of {blocksize}"
+    assert blocksize & (blocksize - 1) == 0, f"blocks of {blocksize}"
+    code2, absmax2, offset = nested or (None, None, None)
+    if absmax2 is not None:
+        assert absmax2.numel() == -(-absmax.numel() // 256), f"{absmax2.numel()} for {absmax.numel()} scales"
+    return torch.ops.lite.four_bits.default(packed, absmax, code, code2, absmax2, offset, blocksize, shape, dtype)
+
+
+def _verdict(x: Tensor) -> trial.Verdict:
+    place = kind(x)
+    if place == "cuda" or (_INTERPRETED and place == "cpu"):
+        return trial.verdict(x.device, place)
+    return trial.NEITHER
+
+
 def _whole(rows: Tensor) -> Tensor:
     """Rows of which each is one piece of memory."""
     return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
-
-
-@functools.cache
-def _triton_is_there() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def _empty_rows(x: Tensor) -> Tensor:  # by torch.empty: on meta new_empty takes twice as long
@@ -188,6 +219,19 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
     return result
 
 
+def _four_bits(
+    packed: Tensor, absmax: Tensor, code: Tensor, code2: Tensor | None, absmax2: Tensor | None, offset: Tensor | None,
+    blocksize: int, shape: Sequence[int], dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    from lite.kernels import nf4 as kernels
+
+    result = torch.empty(shape, dtype=dtype, device=packed.device)
+    nested = () if code2 is None else (code2, absmax2, offset)
+    with torch.cuda.device_of(packed):
+        kernels.four_bits(packed, absmax, code, nested, blocksize, result=result)
+    return result
+
+
 for _name, _kernel, _on_meta in (
     ("rms_norm", _rms_norm, _rms_norm_on_meta),
     ("rms_norm_again", _rms_norm_again, lambda x, weight, scale: _empty_rows(x)),
@@ -195,6 +239,7 @@ for _name, _kernel, _on_meta in (
     ("gated", _gated, lambda gate, up, activation: _empty_rows(gate)),
     ("gated_backward_", _gated_backward_, lambda d_hidden, gate, up, activation: (gate, up)),
     ("rotate", _rotate, lambda x, cos, sin, backward: _empty_turned(x, cos)),
+    ("four_bits", _four_bits, lambda *given: torch.empty(given[-2], dtype=given[-1], device="meta")),
 ):
     _library.impl(_name, _kernel, "CUDA")
     _library.impl(_name, _kernel, "CPU")

@@ -96,7 +96,7 @@ class Meter(TorchDispatchMode):
         """An operator has run; for those who count more than bytes."""
 
     def _part(self, name: str, tensor: Tensor) -> str:
-        if name.startswith("bitsandbytes::dequantize"):
+        if name.startswith(("bitsandbytes::dequantize", "lite::four_bits")):
             return "dequantised"
         if self.phase_now == "head" and self.words and tensor.ndim == 2 and tensor.shape[-1] == self.words:
             return "logits"

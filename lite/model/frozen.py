@@ -13,6 +13,8 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lite.kernels import operators
+
 
 def is_frozen(layer: nn.Module, x: Tensor) -> bool:
     """Whether `product` computes what the layer does: a frozen linear of a known kind that multiplies in x's dtype."""
@@ -38,7 +40,21 @@ def weight_of(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
 
 
 def from_four_bits(packed: Tensor, state: QuantState, dtype: torch.dtype) -> Tensor:
-    """What a 4-bit weight stands for, in `dtype`; packed (bytes, 1) uint8, two weights each."""
+    """What a 4-bit weight stands for, in `dtype`; packed (bytes, 1) uint8, two weights each.
+
+    The same bits by the kernel, where there is one, as by bitsandbytes' three.
+    """
+    if _has_kernel(packed, state):
+        second = state.state2
+        return operators.four_bits(
+            packed,
+            state.absmax,
+            state.code,
+            (second.code, second.absmax, state.offset) if state.nested else (),
+            blocksize=state.blocksize,
+            shape=state.shape,
+            dtype=dtype,
+        )
     scale = state.absmax
     if state.nested:
         scale = dequantize_blockwise(scale, state.state2).add_(state.offset)
@@ -86,6 +102,12 @@ class Product(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (kept,) = ctx.saved_tensors
         return grad @ (weight_of(ctx.layer, grad.dtype) if kept is None else kept), None
+
+
+def _has_kernel(packed: Tensor, state: QuantState) -> bool:
+    if state.quant_type != "nf4" or not operators.four_bits_at_hand(packed):
+        return False
+    return state.state2.blocksize == 256 if state.nested else state.absmax.dtype == torch.float32
 
 
 def _from_int8(layer: Linear8bitLt, dtype: torch.dtype) -> Tensor:

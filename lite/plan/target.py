@@ -7,6 +7,7 @@ import psutil
 import torch
 
 from lite.errors import RecipeError
+from lite.kernels import trial
 from lite.model import load
 from lite.plan import cards
 from lite.plan.cards import Card
@@ -75,8 +76,10 @@ def at_hand(recipe: Recipe) -> Target:
     # What other programs hold of it, a desktop or another run, is not this one's.
     taken = max(0, total - free - cards.CONTEXT_BYTES)
     budget = min(card.usable_bytes, replace(card, memory_bytes=total - taken).usable_bytes)
-    said = (f"{in_gib(taken)} of the card are taken by other programs",) if taken > 0.5 * GIB else ()
-    return Target("cuda", card, budget, memory, host, dtype, True, said)
+    said = [f"{in_gib(taken)} of the card are taken by other programs"] if taken > 0.5 * GIB else []
+    if not trial.verdict(device).kernels:  # known before the plan, so that it goes the way of the run
+        said.append("lite's kernels do not run here")
+    return Target("cuda", card, budget, memory, host, dtype, True, tuple(said))
 
 
 def _named(recipe: Recipe, name: str | None) -> Target:

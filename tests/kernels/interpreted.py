@@ -6,9 +6,12 @@ difference between the two: so it is fp16 that shows whether they round where th
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch import Tensor
 
-from lite.kernels import operators
+from lite.kernels import nf4, operators, trial
+from lite.kernels import rms_norm as kernels
+from lite.model.frozen import from_four_bits
 from lite.model.norms import rms_norm
 from tests.kernels import twins
 
@@ -167,3 +170,77 @@ def test_on_meta_results_are_laid_out_as_on_a_device(dtype: torch.dtype):
         assert [(one.shape, one.stride(), one.dtype) for one in real] == [
             (one.shape, one.stride(), one.dtype) for one in skeleton
         ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("blocksize", [32, 64, 4096])
+@pytest.mark.parametrize(
+    ("shape", "nested"), [((0, 8), False), ((128, 130), True), ((128, 130), False), ((37, 71), True), ((1, 1), False)]
+)
+def test_four_bits(shape: tuple[int, int], nested: bool, blocksize: int, dtype: torch.dtype):
+    """bitsandbytes' bits: of one program and of several, of short last blocks, of an odd number of weights; the scales
+    of blocks of 32 are in more than one block themselves."""
+    weight = torch.randn(shape).mul_(0.02).to(dtype)
+    packed, state = quantize_4bit(weight, blocksize=blocksize, quant_type="nf4", compress_statistics=nested)
+    expected = dequantize_4bit(packed, state)
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        launch = nf4.four_bits
+        patch.setattr(nf4, "four_bits", lambda *args, **kw: (calls.append(args), launch(*args, **kw)))
+        assert torch.equal(from_four_bits(packed, state, dtype), expected)
+    assert len(calls) == 1
+
+
+def test_other_kinds_of_four_bits_are_left_to_bitsandbytes(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delattr(nf4, "four_bits")
+    weight = torch.randn(64, 64)
+    packed, state = quantize_4bit(weight, quant_type="fp4", compress_statistics=True)
+    assert torch.equal(from_four_bits(packed, state, torch.float32), dequantize_4bit(packed, state))
+
+
+def raising(*args: object, **kwargs: object) -> None:
+    raise RuntimeError("Failed to find C compiler.\nPlease specify it.")
+
+
+def writing_zeros(*args: object, result: Tensor, **kwargs: object) -> None:
+    result.zero_()
+
+
+def test_the_trial_passes(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(trial, "_made", {})
+    assert trial.verdict(torch.device("cpu")) == trial.ASSUMED
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [(raising, "RuntimeError: Failed to find C compiler. "), (writing_zeros, "rms_norm in torch.bfloat16 is 1 of")],
+)
+def test_kernels_that_fail_the_trial_are_left_alone(
+    wrong: object, told: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    """That is said once, with what to do; the plain twins compute."""
+    monkeypatch.setattr(trial, "_made", {})
+    monkeypatch.setattr(kernels, "backward", wrong)
+    x, weight, grad = torch.randn(4, 64).requires_grad_(), torch.randn(64), torch.randn(4, 64)
+    for _ in range(2):
+        result = rms_norm(x, weight, twins.EPSILON)
+        (d_x,) = torch.autograd.grad(result, x, grad)
+    torch.testing.assert_close([result.detach(), d_x], twins.gradients(twins.norm, (x, weight), grad)[:2])
+    assert (operators.at_hand(x), operators.four_bits_at_hand(torch.empty(1, dtype=torch.uint8))) == trial.NEITHER
+    (message,) = caplog.messages
+    assert told in message
+    assert "apt install gcc" in message
+
+
+@pytest.mark.parametrize("wrong", [raising, writing_zeros])
+def test_a_kernel_for_four_bits_that_fails_is_left_out_alone(
+    wrong: object, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(trial, "_made", {})
+    monkeypatch.setattr(nf4, "four_bits", wrong)
+    packed, state = quantize_4bit(torch.randn(64, 64), quant_type="nf4", compress_statistics=True)
+    assert torch.equal(from_four_bits(packed, state, torch.float32), dequantize_4bit(packed, state))
+    assert operators.at_hand(torch.empty(1))
+    assert len(caplog.messages) == 1
+    assert "NF4" in caplog.messages[0]

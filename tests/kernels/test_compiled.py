@@ -13,12 +13,14 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from lite.kernels import gated, rms_norm, rotary  # noqa: E402
+from lite.kernels import gated, nf4, rms_norm, rotary  # noqa: E402
 
 CAPABILITIES = (89, 90)  # RTX 4090 and its like; H100 and H200
 # Taken as they come; pointers, and what counts numbers of whole rows, are divisible by 16.
 COUNTS = ("rows", "tokens", "heads", "blocks", "epsilon")
 TYPES = {"scale": "*fp32", "epsilon": "fp32", "width": "i32", **dict.fromkeys(COUNTS[:-1], "i32")}
+TYPES |= {"packed": "*u8", "absmax": "*u8", "count": "i32", "size": "i32"}
+TYPES |= dict.fromkeys(("code", "code2", "absmax2", "offset"), "*fp32")
 
 
 def norm(width: int) -> dict[str, Any]:
@@ -43,6 +45,7 @@ KERNELS = {
     "gelu backward": (gated._backward, {**gated.SETTINGS, "TANH": True}),
     "rotate": (rotary._rotate, of_rotary(40, 128, backward=False)),
     "rotate back": (rotary._rotate, of_rotary(40, 128, backward=True)),
+    "four bits": (nf4._four_bits, {**nf4.SETTINGS, "BLOCK": 64, "BLOCKS": nf4.WEIGHTS // 64, "NESTED": True}),
 }
 
 
@@ -83,10 +86,10 @@ def test_wide_loads_and_nothing_spilled(name: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("name", ["rotate", "rotate back"])
-def test_products_of_the_rotary_turn_are_rounded_before_the_sum(name: str, capability: int):
-    """As transformers rounds them. A fused multiply-add of three numbers would not; with 1 or −0 for one it is a sum or
-    a product, for which older cards have no other operator."""
+@pytest.mark.parametrize("name", ["rotate", "rotate back", "four bits"])
+def test_products_are_rounded_before_the_sum(name: str, capability: int):
+    """As transformers and bitsandbytes round. A fused multiply-add of three numbers would not; with 1 or −0 for one it
+    is a sum or a product, for which older cards have no other operator."""
     ptx = compiled(*KERNELS[name], capability).asm["ptx"]
     constants = dict(re.findall(r"mov\.b32\s+(%r\d+), (\d+|0x[0-9a-fA-F]+|-?\d+);", ptx))
     assert not re.findall(r"fma\.rn\.f32", ptx)

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
 from lite.device import meta_stands_for
-from lite.kernels import operators
+from lite.kernels import operators, trial
+from lite.model.frozen import from_four_bits
 from lite.model.norms import rms_norm
 from lite.plan.cards import Card
 from lite.plan.cost import Cost
@@ -42,6 +44,19 @@ def test_they_are_at_hand_on_cuda_and_in_a_dry_run_of_it(dtype: torch.dtype):
         assert not operators.at_hand(torch.empty(1, dtype=dtype, device="meta"))
 
 
+@pytest.mark.parametrize("found", [trial.ASSUMED, trial.Verdict(True, False), trial.NEITHER])
+def test_on_meta_they_are_as_the_trial_on_this_machines_card_went(
+    found: trial.Verdict, monkeypatch: pytest.MonkeyPatch
+):
+    x, packed = torch.empty(1, device="meta"), torch.empty(1, dtype=torch.uint8, device="meta")
+    for made, expected in (({}, trial.ASSUMED), ({torch.device("cuda", 0): found}, found)):
+        monkeypatch.setattr(trial, "_made", {torch.device("cpu"): trial.NEITHER, **made})
+        with meta_stands_for("cuda"):
+            assert (operators.at_hand(x), operators.four_bits_at_hand(packed)) == expected
+            assert not operators.four_bits_at_hand(x)
+        assert not operators.four_bits_at_hand(packed)
+
+
 def on_meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
@@ -63,6 +78,14 @@ BY_HAND = {
     "rotate": (
         lambda: operators.rotate(on_meta(1, T, HEADS, WIDTH).transpose(1, 2), *(on_meta(1, T, WIDTH),) * 2),
         heads, 2 * heads + 2 * 2 * T * WIDTH,
+    ),
+    "four_bits": (  # 16,512 weights in 258 blocks, whose scales are in 2
+        lambda: operators.four_bits(
+            on_meta(8256, 1, dtype=torch.uint8), on_meta(258, dtype=torch.uint8), on_meta(16, dtype=torch.float32),
+            tuple(torch.empty(shape, device="meta") for shape in (256, 2, ())),
+            blocksize=64, shape=(129, 128), dtype=torch.bfloat16,
+        ),
+        2 * 16_512, 2 * 16_512 + 8256 + 258 + 4 * (16 + 256 + 2 + 1),
     ),
 }  # fmt: skip
 
@@ -153,3 +176,38 @@ def test_rotate_on_cuda(heads: int):
     result, back = twins.gradients(lambda x: twins.turned(x, cos, sin), (x,), grad)
     assert torch.equal(operators.rotate(x, cos, sin), result)
     assert torch.equal(operators.rotate(grad, cos, sin, backward=True), back)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("shape", [(5120, 5120), (1024, 5120), (13_824, 5120), (5120, 13_824), (37, 71)])
+def test_four_bits_on_cuda(shape: tuple[int, int], nested: bool):
+    """The same bits as bitsandbytes' three kernels, for every linear of a 14B."""
+    torch.manual_seed(0)
+    weight = on_cuda(*shape).mul_(0.02)
+    packed, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=nested)
+    assert operators.four_bits_at_hand(packed)
+    for dtype in operators.DTYPES:
+        state.dtype = dtype
+        assert torch.equal(from_four_bits(packed, state, dtype), dequantize_4bit(packed, state))
+
+
+@pytest.mark.gpu
+def test_the_trial_on_cuda(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    """It passes, and says nothing; where a kernel does not compile it says so once, and a norm is the plain twin's."""
+    from lite.kernels import rms_norm as kernels
+
+    x, weight = on_cuda(4, 64), on_cuda(64)
+    monkeypatch.setattr(trial, "_made", {})
+    assert trial.verdict(x.device) == trial.ASSUMED
+    assert not caplog.messages
+
+    def broken(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("Failed to find C compiler.")
+
+    monkeypatch.setattr(kernels, "forward", broken)
+    monkeypatch.setattr(trial, "_made", {})
+    assert torch.equal(rms_norm(x, weight, twins.EPSILON), twins.norm(x, weight))
+    assert not operators.at_hand(x)
+    assert len(caplog.messages) == 1
+    assert torch.cuda.get_device_name() in caplog.messages[0]

@@ -6,10 +6,13 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 
+from lite.device import meta_stands_for
+from lite.memory.meter import Meter
+from lite.model.frozen import from_four_bits
 from tests.model.quantised import bytes_of, saved_tensors, stored
 
 CASES = list(itertools.product([torch.float32, torch.bfloat16], [True, False], [True, False]))
@@ -65,3 +68,18 @@ def test_nothing_is_kept():
     with saved_tensors() as tensors:
         layer(x)
     assert bytes_of(tensors, layer) == 0
+
+
+def test_on_cuda_a_weight_is_dequantised_by_one_operator():
+    """On meta that stands for it; FP4 by bitsandbytes' three."""
+    for kind, names in (
+        ("nf4", ["lite::four_bits"]),
+        ("fp4", ["bitsandbytes::dequantize_blockwise", "aten::add_.Tensor", "bitsandbytes::dequantize_4bit"]),
+    ):
+        weight = torch.empty(192, 128, dtype=torch.bfloat16, device="meta")
+        packed, state = quantize_4bit(weight, quant_type=kind, compress_statistics=True)
+        with meta_stands_for("cuda"), Meter(trace=True) as meter:
+            found = from_four_bits(packed, state, torch.bfloat16)
+        assert [name for name, _ in meter.trace if "view" not in name] == names
+        assert (found.shape, found.dtype) == (weight.shape, weight.dtype)
+        assert meter.parts["dequantised"] == found.nbytes

@@ -1,4 +1,4 @@
-"""Each kernel of lite alone: beside plain torch, torch.compile of the plain one, and Liger's.
+"""Each kernel of lite alone: beside plain torch, torch.compile of the plain one, Liger's, and bitsandbytes'.
 
     python bench/elementwise.py --out bench/results/elementwise-cuda.json
     OMP_NUM_THREADS=1 python bench/elementwise.py --out bench/results/elementwise-cpu.json
@@ -24,11 +24,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from measuring import Found, command, machine, median, save, watched
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from lite.kernels import operators
+from lite.model.frozen import from_four_bits
 
 EPSILON = 1e-6
 FLUSHED_BYTES, FLUSHES = 256 * 2**20, 8  # more than any card's cache; for as long as the host needs to get ahead
@@ -123,6 +125,16 @@ def rotary_cases(tokens: int, shape: Shape, draw: Callable[..., Tensor]) -> dict
             backward["liger"] = lambda: liger.rope_backward(*given, cos, sin)
     moved = 2 * (q.nbytes + k.nbytes) + cos.nbytes + sin.nbytes
     return {"rotary forward": Case(moved, forward), "rotary backward": Case(moved, backward)}
+
+
+def four_bits_cases(out: int, width: int, draw: Callable[..., Tensor]) -> dict[str, Case]:
+    """A weight in NF4, its scales quantised too; bitsandbytes goes over the scales twice before."""
+    packed, state = quantize_4bit(draw(out, width), quant_type="nf4", compress_statistics=True)
+    contenders: dict[str, Callable[[], Any]] = {"bitsandbytes": lambda: dequantize_4bit(packed, state)}
+    if packed.is_cuda:
+        contenders["lite"] = lambda: from_four_bits(packed, state, state.dtype)
+    read = packed.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
+    return {f"four bits, {out} x {width}": Case(read + out * width * state.dtype.itemsize, contenders)}
 
 
 def by_torch(
@@ -229,6 +241,13 @@ def main() -> None:
     def draw(*size: int) -> Tensor:
         return torch.randn(*size, device=options.device, dtype=torch.bfloat16)
 
+    def add(name: str, case: Case) -> None:
+        found[name] = figures = measure(case, options.device, options.rounds)
+        print(f"{name}: {_line(figures)}", file=sys.stderr)
+
+    for out, width in ((shape.inner, shape.hidden), (shape.key_heads * shape.head, shape.hidden)):
+        for name, case in four_bits_cases(out, width, draw).items():
+            add(name, case)
     for tokens in options.tokens or TOKENS[options.device]:
         torch._dynamo.reset()  # each length is compiled as such, not for all lengths
         makers = [
@@ -239,8 +258,7 @@ def main() -> None:
         ]
         for make in makers:
             for name, case in make().items():
-                found[f"{name}, {tokens} tokens"] = figures = measure(case, options.device, options.rounds)
-                print(f"{name}, {tokens} tokens: {_line(figures)}", file=sys.stderr)
+                add(f"{name}, {tokens} tokens", case)
     card = torch.cuda.get_device_name() if options.device == "cuda" else None
     save({"command": command(), "machine": machine(), "card": card, "shape": vars(shape), "cases": found}, options.out)
 

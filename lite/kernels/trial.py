@@ -21,7 +21,7 @@ TOLERANCES = {torch.bfloat16: 2**-5, torch.float32: 2**-14}
 ADVICE = (
     "Triton, which compiles them here, needs a C compiler (apt install gcc) and Python's headers (apt install "
     "python3-dev), a folder that it can write to (~/.triton, or TRITON_CACHE_DIR), and a card of compute capability "
-    "8.0 or more."
+    "7.0 or more."
 )
 
 

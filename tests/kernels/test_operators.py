@@ -44,6 +44,19 @@ def test_they_are_at_hand_on_cuda_and_in_a_dry_run_of_it(dtype: torch.dtype):
         assert not operators.at_hand(torch.empty(1, dtype=dtype, device="meta"))
 
 
+def test_where_triton_cannot_start_a_kernel_the_trial_fails_and_says_so(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    """On a CPU without the interpreter it cannot."""
+    monkeypatch.setattr(trial, "_made", {})
+    for _ in range(2):
+        assert trial.verdict(torch.device("cpu")) == trial.NEITHER
+    (message,) = caplog.messages
+    assert "on cpu: " in message
+    assert "Error: " in message
+    assert message.endswith(trial.ADVICE)
+
+
 @pytest.mark.parametrize("found", [trial.ASSUMED, trial.Verdict(True, False), trial.NEITHER])
 def test_on_meta_they_are_as_the_trial_on_this_machines_card_went(
     found: trial.Verdict, monkeypatch: pytest.MonkeyPatch

@@ -29,13 +29,13 @@ from shapes import shape_named
 from steps import Step, lite_step
 from transformers import AutoModelForCausalLM
 
+from lite.attention.branch_attention import install
 from lite.data.examples import Place, TokenExample
 from lite.data.packing import lay_out
 from lite.data.packs import Layout
 from lite.memory.checkpoint import checkpoint_layers
 from lite.memory.levers import Levers
 from lite.model import adapters, catalog, load
-from lite.model.attention import install
 from lite.plan import lengths, skeleton
 from lite.plan.plan import settled
 from lite.plan.target import at_hand

@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from lite.attention.branch_attention import install
 from lite.data.examples import TokenExample
 from lite.data.packing import lay_out
 from lite.data.packs import Batch
@@ -21,7 +22,6 @@ from lite.engine.objective import Objective
 from lite.engine.step import backward
 from lite.memory.checkpoint import checkpoint_layers
 from lite.model import adapters, load
-from lite.model.attention import install
 from lite.recipe import Recipe
 from lite.reference import precompute
 from lite.reference.lookup import Cached

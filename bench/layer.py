@@ -24,14 +24,14 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+from lite.attention.branch_attention import install
+from lite.attention.branches import BranchTable
 from lite.data.packs import Branch
 from lite.device import meta_stands_for
 from lite.memory.checkpoint import checkpoint_layers
 from lite.memory.meter import Meter, frozen_tensors
 from lite.memory.tiles import tile_mlps
 from lite.model import int8, load, lora, nf4
-from lite.model.attention import install
-from lite.model.branches import BranchTable
 from lite.model.layers import decoder_layers
 from lite.model.mlp import replace_mlps
 from lite.model.norms import replace_norms

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 
+from lite.attention.branch_attention import install
 from lite.memory.host import host_tensors
 from lite.memory.levers import Levers, pull
 from lite.memory.meter import frozen_tensors
 from lite.model import adapters, catalog
-from lite.model.attention import install
 from lite.plan.lengths import Lengths, Row
 from lite.plan.target import at_hand
 from lite.plan.trials import Settings, Trials

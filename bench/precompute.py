@@ -19,6 +19,7 @@ import torch
 from material import bundled_rows, copy_bundled_model, make_model, random_rows, write_rows
 from measuring import Found, command, counted, machine, quiet_share, save, wait_for_quiet, watched
 
+from lite.attention.branch_attention import install
 from lite.data.examples import TokenExample
 from lite.data.packing import lay_out
 from lite.data.packs import Layout, Pack
@@ -27,7 +28,6 @@ from lite.engine.forward import Model, device_of, scored_tokens
 from lite.engine.forward import Path as ForwardPath
 from lite.engine.layout import layout_of, path_of
 from lite.model import load
-from lite.model.attention import install
 from lite.recipe import Recipe
 from lite.reference.fill import fill, groups, keys_of, missing
 from lite.reference.rows import Row

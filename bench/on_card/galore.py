@@ -16,9 +16,9 @@ from shapes import as_lite_loads, random_model
 from steps import found_out_of_memory, lite_step
 from torch import nn
 
+from lite.attention.branch_attention import install
 from lite.memory.levers import Levers, pull
 from lite.model import trained
-from lite.model.attention import install
 from lite.optim.galore import GaLore
 from lite.optim.projected import FIRST_STEPS
 from lite.plan import refreshes

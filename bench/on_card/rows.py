@@ -20,11 +20,11 @@ from shapes import as_lite_loads, random_example, random_model
 from steps import Step, found_out_of_memory, lite_step
 from torch import nn
 
+from lite.attention.branch_attention import install
 from lite.data.examples import TokenExample
 from lite.memory import marks
 from lite.memory.levers import Levers, pull
 from lite.model import adapters, catalog
-from lite.model.attention import install
 from lite.profile.clock import Clock
 
 FOR_GOOD = {"embedding_on_host": False, "mlp_tile_tokens": 0, "layers_on_host": 0}  # levers that stay pulled

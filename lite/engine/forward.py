@@ -9,6 +9,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lite.attention.branches import BranchTable, Implementation
 from lite.data.packs import EXPECTED, Pack
 from lite.device import sent
 from lite.loss.head import logps_and_purity, token_logps
@@ -16,7 +17,6 @@ from lite.loss.logps import Logps
 from lite.loss.soft import soft_logps
 from lite.memory import marks
 from lite.model import rotary
-from lite.model.branches import BranchTable, Implementation
 from lite.model.head import backbone, head_of, unwrapped
 
 Model = PreTrainedModel | PeftModel

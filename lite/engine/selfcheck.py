@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lite.attention.branch_attention import install, plain_attention
 from lite.data.examples import TokenExample
 from lite.data.packing import lay_out
 from lite.data.packs import Layout
@@ -20,7 +21,6 @@ from lite.engine import score
 from lite.engine.forward import Model, Path, device_of, gather, placed, scored_hidden
 from lite.errors import ModelError
 from lite.model import rotary
-from lite.model.attention import install, plain_attention
 from lite.model.head import backbone, unwrapped
 
 log = logging.getLogger(__name__)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from lite.attention.branch_attention import install
 from lite.data.examples import TokenExample
 from lite.data.packs import Layout
 from lite.engine import layout as layouts
@@ -10,7 +11,6 @@ from lite.engine import score, selfcheck
 from lite.engine.forward import Model, Path
 from lite.loss.logps import Logps
 from lite.model import load
-from lite.model.attention import install
 from lite.recipe import Recipe
 from lite.reference import precompute
 from lite.train import machine

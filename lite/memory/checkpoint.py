@@ -10,9 +10,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lite.attention import kept
 from lite.errors import ModelError
 from lite.memory.offload import Offload
-from lite.model import kept
 from lite.model.frozen import serve_backward
 from lite.model.head import unwrapped
 from lite.model.layers import decoder_layers
@@ -31,7 +31,7 @@ def checkpoint_layers(
     The first rather than the last, for the kept ones are then freed before the first recompute. Gradients stay the
     same: dropout is replayed from the kept generator state. Works in training mode only, as transformers' layers do.
     keep_attention: keep what attention gave, (T, heads · head_dim) and row sums of each layer, and do not run it again;
-    which kernels can do so is `lite.model.attention.can_keep`, and the others then raise ModelError in the forward.
+    which kernels can do so is `branch_attention.can_keep`, and the others then raise ModelError in the forward.
     keep_weights: what the second forward dequantises of a weight serves the layer's backward too (`serve_backward` in
     lite/model/frozen.py); it holds the dequantised weights of one layer, while that is in backward, but for the last
     one of its MLP, which the second forward does not come to.

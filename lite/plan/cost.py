@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
+from lite.attention.branches import segments
 from lite.data.packs import Pack
-from lite.model.branches import segments
 from lite.plan.cards import Card
 
 # Products, by the place of their left factor among the arguments; the right one follows it.

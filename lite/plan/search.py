@@ -8,8 +8,8 @@ stays as it is set on every rung.
 
 from dataclasses import dataclass, replace
 
+from lite.attention.branch_attention import can_keep
 from lite.engine.forward import CHUNK_TOKENS
-from lite.model.attention import can_keep
 from lite.plan.fit import (
     FAR,
     fewest_on_host,

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from lite.attention.branch_attention import install
 from lite.errors import ModelError
 from lite.model import catalog, load, matrices, trained
-from lite.model.attention import install
 from lite.model.norms import replace_norms
 from lite.model.rotary import still
 from lite.model.trained import Trained

@@ -15,6 +15,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from lite.attention.branch_attention import install
 from lite.data.examples import TokenExample
 from lite.data.packs import Layout
 from lite.engine import layout as layouts
@@ -23,7 +24,6 @@ from lite.engine.forward import Model
 from lite.engine.forward import Path as ForwardPath
 from lite.errors import CacheError, ModelError, RecipeError
 from lite.model import adapters, load
-from lite.model.attention import install
 from lite.model.head import head_of, unwrapped
 from lite.model.origin import origin
 from lite.recipe import Recipe

@@ -13,13 +13,13 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from lite.attention.branch_attention import plain_attention
 from lite.data.problems import BadRow
 from lite.data.template import Template, encode, read_template, render
 from lite.errors import ModelError
 from lite.merge.companions import stop_tokens
 from lite.merge.source import Source, source_of
 from lite.model import load
-from lite.model.attention import plain_attention
 from lite.recipe import Recipe
 from lite.serve.conversation import Sampling, Turns
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lite.attention.branch_attention import plain_attention
 from lite.data.examples import Example, Text, TokenExample
 from lite.data.prepare import Prepared
-from lite.model.attention import plain_attention
 from lite.train.run import write_json
 
 ANSWER_TOKENS = 64

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lite import signatures
+from lite.attention.branch_attention import install
 from lite.data import balance
 from lite.data.batches import Batches as EpochBatches
 from lite.data.batches import plan_batches, plan_evaluation
@@ -26,7 +27,6 @@ from lite.engine.optimizer import require as require_optimizer
 from lite.engine.scalars import Scalars
 from lite.memory.levers import Levers, pull
 from lite.model import load, trained
-from lite.model.attention import install
 from lite.model.head import unwrapped
 from lite.model.origin import weights_mark
 from lite.model.trained import Trained

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from lite.attention.branch_attention import install, plain_attention
 from lite.data.packs import Layout
 from lite.engine import score
 from lite.engine.forward import Path
-from lite.model.attention import install, plain_attention
 from lite.model.rotary import regimes
 from tests.architectures import ARCHITECTURES
 

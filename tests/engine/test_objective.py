@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lite import signatures
+from lite.attention.branch_attention import install
 from lite.data.examples import TokenExample
 from lite.data.packing import lay_out
 from lite.data.packs import Layout
@@ -18,7 +19,6 @@ from lite.engine.objective import Objective
 from lite.engine.score import logps
 from lite.engine.step import backward, measure, total
 from lite.loss.logps import Logps
-from lite.model.attention import install
 from lite.recipe import Recipe
 
 VOCABULARY = 199  # of the tiny models' words, those that the reference speaks of

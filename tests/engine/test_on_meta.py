@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from lite import signatures
+from lite.attention.branch_attention import install
 from lite.data.examples import TokenExample
 from lite.data.packing import lay_out
 from lite.data.packs import Batch, Pack
@@ -20,7 +21,6 @@ from lite.engine.step import backward
 from lite.memory.checkpoint import checkpoint_layers
 from lite.memory.meter import Meter
 from lite.model import rotary
-from lite.model.attention import install
 from lite.recipe import Recipe
 from tests.architectures import ARCHITECTURES, tiny_config
 from tests.engine.test_objective import fitting

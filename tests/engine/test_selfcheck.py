@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from lite.attention.branch_attention import install
 from lite.data.packs import Layout
 from lite.engine import score, selfcheck
 from lite.engine.forward import Path
 from lite.errors import ModelError
-from lite.model.attention import install
 from lite.model.rotary import regimes
 from tests.architectures import ARCHITECTURES
 

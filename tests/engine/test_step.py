@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from lite import signatures
+from lite.attention.branch_attention import install
 from lite.data.examples import TokenExample
 from lite.data.packing import lay_out
 from lite.data.packs import Layout
@@ -19,7 +20,6 @@ from lite.loss.logps import Logps
 from lite.loss.registry import Loss, Scored
 from lite.memory.checkpoint import checkpoint_layers
 from lite.model import lora
-from lite.model.attention import install
 from lite.model.rotary import regimes
 
 ROLES = ("chosen", "rejected")

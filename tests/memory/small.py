@@ -8,6 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from lite.attention.branch_attention import install
 from lite.data.examples import Place, TokenExample
 from lite.data.packing import lay_out
 from lite.data.packs import Batch, Layout, Pack
@@ -18,7 +19,6 @@ from lite.memory import marks
 from lite.memory.host import host_tensors
 from lite.memory.meter import Meter, frozen_tensors
 from lite.model import lora
-from lite.model.attention import install
 from lite.model.norms import replace_norms
 from tests.architectures import VOCABULARY, tiny_config
 from tests.engine.test_step import ROLES, objective

@@ -11,8 +11,8 @@ from lite.memory.levers import Levers, pull
 from lite.memory.tiles import tile_mlps
 from lite.model.layers import decoder_layers
 from lite.model.mlp import replace_mlps
+from tests.attention.test_varlen import Operators
 from tests.memory.small import LAYERS, adapted, batch, beyond, metered, same, step
-from tests.model.test_attention_varlen import Operators
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SOME = ("q_proj", "o_proj")  # the others' products are of a frozen linear alone

@@ -9,11 +9,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
+from lite.attention.branch_attention import install
 from lite.data.packing import lay_out
 from lite.data.packs import Layout
 from lite.engine.forward import Path, placed, scored_tokens
 from lite.model import adapters, frozen
-from lite.model.attention import install
 from lite.model.norms import replace_norms
 from lite.model.weights import move_but_first
 from lite.recipe import Recipe

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lite.attention.branch_attention import install
 from lite.data.examples import TokenExample
 from lite.data.packs import Layout
 from lite.engine import score
 from lite.engine.forward import Path
-from lite.model.attention import install
 from lite.model.rotary import Regimes, regimes
 from tests.architectures import tiny_config
 

@@ -104,7 +104,12 @@ def test_in_bf16_together_err_no_more_than_apart():
         x = torch.randn(TOKENS, WIDTH, generator=generator).bfloat16()
         slopes = [torch.randn(TOKENS, width, generator=generator).bfloat16() for width in OUTPUTS]
         found = {}
-        ways = ("together", products, parts), ("singly", singly, parts), ("apart", apart, parts), ("exact", apart, exact)
+        ways = (
+            ("together", products, parts),
+            ("singly", singly, parts),
+            ("apart", apart, parts),
+            ("exact", apart, exact),
+        )
         for label, compute, of in ways:
             given = x.to(torch.float64 if label == "exact" else x.dtype).requires_grad_()
             results = compute(given, of)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import Qwen2Config
 
+from lite.attention.branch_attention import install
 from lite.data.packs import Batch
 from lite.device import meta_stands_for
 from lite.engine.layout import layout_of, path_of
@@ -16,7 +17,6 @@ from lite.engine.scalars import Scalars
 from lite.memory import marks
 from lite.memory.levers import Levers, pull
 from lite.model import load, trained
-from lite.model.attention import install
 from lite.model.head import unwrapped
 from lite.plan import dry_run, lengths, skeleton
 from lite.plan.cards import CARDS, CONTEXT_BYTES, FRAGMENTATION

@@ -15,6 +15,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+from lite.attention.branch_attention import install
 from lite.engine import optimizer as engine_optimizer
 from lite.engine import step as engine_step
 from lite.engine.layout import layout_of, path_of
@@ -22,7 +23,6 @@ from lite.engine.objective import Objective
 from lite.engine.scalars import Scalars
 from lite.memory.levers import Levers, pull
 from lite.model import load, trained
-from lite.model.attention import install
 from lite.model.norms import replace_norms
 from lite.plan import dry_run, skeleton
 from lite.plan.cards import CARDS

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from lite.attention.branch_attention import install, plain_attention
 from lite.data.packs import Layout
 from lite.engine import score
 from lite.engine.forward import Path as ForwardPath
-from lite.model.attention import install, plain_attention
 from lite.reference.fill import fill, keys_of, missing
 from lite.reference.lookup import Cached
 from lite.reference.store import Store
@@ -113,7 +113,7 @@ import torch, transformers
 from lite.data.examples import Place, TokenExample
 from lite.data.packs import Layout
 from lite.engine.forward import Path as ForwardPath
-from lite.model.attention import install
+from lite.attention.branch_attention import install
 from lite.reference import fill as filling
 from lite.reference.store import Store
 from lite.reference.weights import Identity

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from lite.model.attention import plain_attention
+from lite.attention.branch_attention import plain_attention
 from lite.train import samples
 from lite.train.progress import Quiet
 from lite.train.samples import Sample

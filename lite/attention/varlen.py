@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lite.model import kept
-from lite.model.branches import BranchTable, Runs
+from lite.attention import kept
+from lite.attention.branches import BranchTable, Runs
 
 _forward = torch.ops.aten._flash_attention_forward.default
 _backward = torch.ops.aten._flash_attention_backward.default

@@ -7,15 +7,15 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lite.attention.branch_attention import _flash, branch_attention
+from lite.attention.branches import BranchTable
+from lite.attention.varlen import branch_varlen, operators_known, plain_varlen
 from lite.data.packs import Branch
 from lite.device import meta_stands_for
 from lite.memory.meter import Meter
 from lite.memory.workspace import workspace_bytes
-from lite.model.attention import _flash, branch_attention
-from lite.model.attention_varlen import branch_varlen, operators_known, plain_varlen
-from lite.model.branches import BranchTable
-from tests.model.flash import flash_on_cpu
-from tests.model.test_attention import FOREST, PAIR, documented_varlen, draw, plain_twin, told_of_groups
+from tests.attention.flash import flash_on_cpu
+from tests.attention.test_branch_attention import FOREST, PAIR, documented_varlen, draw, plain_twin, told_of_groups
 
 CPU = torch.device("cpu")
 ONE = (Branch(0, 25, -1),)
@@ -86,7 +86,7 @@ def test_the_flash_package_is_told_the_same(monkeypatch):
         assert softcap == 0.5
         return documented_varlen(*inputs, scale=softmax_scale, window_size=window_size)
 
-    monkeypatch.setattr("lite.model.attention._flash_attn", lambda: package)
+    monkeypatch.setattr("lite.attention.branch_attention._flash_attn", lambda: package)
     inputs = draw()
     ours = _flash(*inputs, BranchTable.of(FOREST, "flash", CPU), 0.3, 3, 0.5)
     assert torch.allclose(ours, plain_twin(*inputs, FOREST, window=3), rtol=1e-10, atol=1e-12)

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from lite.attention import kept
+from lite.attention.branches import BranchTable, Implementation
+from lite.attention.cpu import branch_sdpa
+from lite.attention.varlen import branch_varlen, flash_inputs, operators_known, window_size
 from lite.device import kind
 from lite.errors import ModelError
-from lite.model import kept
-from lite.model.attention_cpu import branch_sdpa
-from lite.model.attention_varlen import branch_varlen, flash_inputs, operators_known, window_size
-from lite.model.branches import BranchTable, Implementation
 
 NAME = "lite_branches"
 # Keywords that some model passes and that change nothing here: the table of branches says it all.

@@ -11,6 +11,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from lite.attention import branch_attention as attention
+from lite.attention import kept
+from lite.attention.branch_attention import branch_attention, can_keep, install
+from lite.attention.branches import BranchTable
+from lite.attention.varlen import branch_varlen
 from lite.data.packing import lay_out
 from lite.data.packs import Layout, Pack
 from lite.device import meta_stands_for
@@ -18,13 +23,9 @@ from lite.engine.forward import Path, scored_tokens
 from lite.errors import ModelError
 from lite.memory.checkpoint import checkpoint_layers
 from lite.memory.meter import Meter
-from lite.model import attention, kept
-from lite.model.attention import branch_attention, can_keep, install
-from lite.model.attention_varlen import branch_varlen
-from lite.model.branches import BranchTable
-from tests.model.flash import flash_on_cpu
-from tests.model.test_attention import FOREST, draw
-from tests.model.test_attention_varlen import Operators
+from tests.attention.flash import flash_on_cpu
+from tests.attention.test_branch_attention import FOREST, draw
+from tests.attention.test_varlen import Operators
 
 CPU_KERNEL = "aten::_scaled_dot_product_flash_attention_for_cpu"
 CUDA_KERNEL = "aten::_flash_attention_forward"

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lite.model import kept
-from lite.model.branches import BranchTable, Segment
+from lite.attention import kept
+from lite.attention.branches import BranchTable, Segment
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default

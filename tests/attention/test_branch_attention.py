@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from lite.attention.branch_attention import branch_attention, install, plain_attention
+from lite.attention.branches import BranchTable, Segment, segments
 from lite.data.packs import Branch
 from lite.errors import ModelError
-from lite.model.attention import branch_attention, install, plain_attention
-from lite.model.branches import BranchTable, Segment, segments
 from tests.architectures import ARCHITECTURES, VOCABULARY
 
 PAIR = (Branch(0, 3, -1), Branch(3, 5, 0), Branch(5, 8, 0))

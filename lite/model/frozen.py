@@ -18,7 +18,8 @@ from lite.kernels import operators
 
 def is_frozen(layer: nn.Module, x: Tensor) -> bool:
     """Whether `product` computes what the layer does: a frozen linear of a known kind that multiplies in x's dtype."""
-    if any(parameter.requires_grad for parameter in layer.parameters()):
+    # Its own alone, for a linear has no others: this is asked for each layer at every pass.
+    if not isinstance(layer, nn.Linear) or any(p is not None and p.requires_grad for p in layer._parameters.values()):
         return False
     if isinstance(layer, Linear4bit):
         return compute_dtype(layer, x) == x.dtype
@@ -95,7 +96,10 @@ class Product(torch.autograd.Function):
         kept = weight_of(layer, x.dtype) if ctx.needs_input_grad[0] and serves_backward(layer) else None
         ctx.save_for_backward(kept)
         ctx.layer = layer
-        return product(layer, x.flatten(0, -2), weight=kept).view(*x.shape[:-1], -1)
+        # A buffer of the final shape, not a view of one: some models write to what comes out.
+        result = x.new_empty(*x.shape[:-1], layer.out_features)
+        product(layer, x.flatten(0, -2), result.flatten(0, -2), weight=kept)
+        return result
 
     @staticmethod
     @once_differentiable

@@ -47,7 +47,17 @@ def adapted(layer: nn.Module, x: Tensor) -> Adapted | None:
     """What `layer` is made of, if it computes base(x) + scale · (x Aᵀ) Bᵀ, or base(x), with a frozen base in x's dtype.
 
     None if it is anything else: a trained base, several adapters, biases or dropout in one, DoRA, merged.
+    Within `cast_once` it is looked at once, for it takes as long as several operators.
     """
+    if _once is None or not isinstance(layer, LoraLayer):
+        return _looked_at(layer, x)
+    key = id(layer), x.dtype, layer.training, layer.disable_adapters, layer.merged, tuple(layer.active_adapters)
+    if key not in _once.parts:
+        _once.parts[key] = _looked_at(layer, x)
+    return _once.parts[key]
+
+
+def _looked_at(layer: nn.Module, x: Tensor) -> Adapted | None:
     if not isinstance(layer, LoraLayer):
         return Adapted(layer, None, None, 1.0) if is_frozen(layer, x) else None
     base, names = layer.base_layer, [name for name in layer.active_adapters if name in layer.lora_A]
@@ -108,7 +118,10 @@ class _Products(torch.autograd.Function):
         results, weights = [], []
         for part, columns in zip(parts, _ranks(parts), strict=True):
             kept = weight_of(part.base, x.dtype) if ctx.needs_input_grad[0] and serves_backward(part.base) else None
-            results.append(adapted_product(part, flat, low[:, columns], weight=kept).view(*x.shape[:-1], -1))
+            # A buffer of the final shape, not a view of one: some models write to what comes out.
+            result = x.new_empty(*x.shape[:-1], part.base.out_features)
+            adapted_product(part, flat, low[:, columns], result.flatten(0, -2), weight=kept)
+            results.append(result)
             weights.append(kept)
         ctx.save_for_backward(low, *weights, *matrices, *((flat,) if normed is None else normed))
         ctx.set_materialize_grads(False)
@@ -172,21 +185,28 @@ def cast_once() -> Iterator[None]:
     """Within: a matrix is cast to the dtype that it computes in once, not in each layer's every pass.
 
     The copies, of 2 bytes a trained number in bf16, live until the end. Masters that are changed meanwhile are cast
-    anew. May be entered within itself.
+    anew; adapters are not put on or taken off. May be entered within itself.
     """
-    global _casts
-    if _casts is not None:
+    global _once
+    if _once is not None:
         yield
         return
-    _casts = {}
+    _once = _Once({}, {})
     try:
         yield
     finally:
-        _casts = None
+        _once = None
+
+
+class _Once(NamedTuple):
+    """What is made once, and found again by all that it depends on."""
+
+    casts: dict[tuple[object, ...], tuple[list[int], Sequence[Tensor], Tensor]]
+    parts: dict[tuple[object, ...], Adapted | None]
 
 
 # Not of a thread: backward has threads of its own, and computes with what was cast in forward.
-_casts: dict[tuple[object, ...], tuple[list[int], Sequence[Tensor], Tensor]] | None = None
+_once: _Once | None = None
 
 
 def cast(dtype: torch.dtype, *matrices: Tensor) -> Tensor:
@@ -194,13 +214,13 @@ def cast(dtype: torch.dtype, *matrices: Tensor) -> Tensor:
     if len(matrices) == 1 and matrices[0].dtype == dtype:
         return matrices[0].detach()
     # Where nothing is cast, to put them together is cheap, and needs no second copy of the masters all along.
-    if _casts is None or all(matrix.dtype == dtype for matrix in matrices):
+    if _once is None or all(matrix.dtype == dtype for matrix in matrices):
         return _stacked(dtype, matrices)
     key, versions = (dtype, *map(id, matrices)), [matrix._version for matrix in matrices]
-    found = _casts.get(key)
+    found = _once.casts.get(key)
     if found is None or found[0] != versions:
         # With the masters themselves, so that their ids are not given to others.
-        _casts[key] = found = (versions, matrices, _stacked(dtype, matrices))
+        _once.casts[key] = found = (versions, matrices, _stacked(dtype, matrices))
     return found[2]
 
 

@@ -38,6 +38,12 @@ def replace_projections(model: nn.Module) -> int:
     return len(found)
 
 
+def let_go() -> None:
+    """Forget what waits in any group, which happens after an error between its layers, with all that it is made of."""
+    for group in list(_holding):
+        group._forget()
+
+
 class Group:
     """Layers that are asked one after the other with one tensor, and what those not asked yet will give."""
 
@@ -56,6 +62,7 @@ class Group:
             return None
         first, *others = products(x, parts)
         # The tensor itself, so that no other can have its id.
+        _holding.add(self)
         self._asked = x, torch.is_grad_enabled()
         self._waiting = {id(layer): result for layer, result in zip(self.layers[1:], others, strict=True)}
         return first
@@ -74,8 +81,12 @@ class Group:
         return result
 
     def _forget(self) -> None:
+        _holding.discard(self)
         self._asked: tuple[Tensor, bool] | tuple[None, bool] = (None, False)
         self._waiting: dict[int, Tensor] = {}
+
+
+_holding: set[Group] = set()
 
 
 def forward(layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

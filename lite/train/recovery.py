@@ -16,6 +16,7 @@ from torch import Tensor
 from lite.data.examples import TokenExample
 from lite.data.packing import largest_unit
 from lite.data.packs import Layout
+from lite.model import siblings
 from lite.train import failures
 
 T = TypeVar("T")
@@ -97,6 +98,7 @@ def lowered(layout: Layout, examples: Sequence[TokenExample], largest: int) -> L
 
 def give_back() -> None:
     """Free what nobody uses any more, and let the driver have it, so that its pieces can become whole again."""
+    siblings.let_go()
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()

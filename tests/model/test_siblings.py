@@ -1,6 +1,7 @@
 """Layers with one input, computed together: the gradients of plain autograd, less kept, and never another's result."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from lite.model.lora import Adapted, products
 from lite.model.mlp import replace_mlps
 from lite.model.norms import rms_norm
 from lite.model.rotate import replace_rotary
-from lite.model.siblings import replace_projections
+from lite.model.siblings import let_go, replace_projections
 from tests.memory import small
 from tests.model.quantised import bytes_of, saved_tensors
 from tests.model.tiny import tiny_model
@@ -254,6 +255,24 @@ def test_another_question_than_the_first_parts_them_for_good(late: str):
     expected = nn.functional.linear(x if late == "without gradient" else other + 1, attention.k_proj.weight)
     assert torch.allclose(k, expected, rtol=1e-5, atol=1e-6)
     assert not together(asked(attention, x))
+
+
+def test_a_model_may_write_to_what_comes_out():
+    """As OLMo does, which clips q, k and v in place."""
+    attention, x = fresh()
+    found = torch.autograd.grad(sum(r.view(5, -1).clamp_(max=0.1).sum() for r in asked(attention, x)), x)
+    expected = torch.autograd.grad(sum(r.clamp(max=0.1).sum() for r in asked(attention, x)), x)
+    assert torch.equal(*found, *expected)
+
+
+def test_what_an_error_left_behind_is_let_go():
+    """With the graph that it hangs on, so that a step that is taken again has its memory."""
+    attention, x = fresh()
+    graph = weakref.ref(attention.q_proj(x).grad_fn)
+    assert graph() is not None
+    let_go()
+    assert graph() is None
+    assert together(asked(attention, x))
 
 
 def test_what_was_not_taken_is_forgotten():

@@ -83,7 +83,8 @@ def test_other_tokens_lie_nearly_on_a_line(trials) -> None:
     near, truth, far = (trials.law(settings, tokens, kept=False) for tokens in (TOKENS, 2 * TOKENS, 4 * TOKENS))
     middle = between(near, far, 2 * TOKENS)
     assert middle.peak_bytes(LAYERS, 0) == pytest.approx(truth.peak_bytes(LAYERS, 0), rel=0.01)
-    assert middle.seconds(LAYERS, 0) == pytest.approx(truth.seconds(LAYERS, 0), rel=0.05)
+    # On the way computing overtakes the starting of operators: the line lies above that bend, never below.
+    assert 0.999 <= middle.seconds(LAYERS, 0) / truth.seconds(LAYERS, 0) <= 1.06
 
 
 def test_affine_by_hand() -> None:

@@ -1,8 +1,8 @@
 """What computes: a tensor's own device; of a meta tensor, the one that it stands for in a dry run.
 
 A plan runs the real step on meta tensors (`plan/dry_run.py`). Where the step takes another path on a GPU than on a CPU
-it asks here, never `tensor.is_cuda`, so that the dry run takes the path of the machine that is planned for. Here too is
-the one way by which a step's tensors get there.
+it asks here, never `tensor.is_cuda`, so that the dry run takes the path of the machine that is planned for. Here too
+are the one way by which a step's tensors get there, and what is said where there is no room.
 """
 
 from collections.abc import Iterator
@@ -10,6 +10,11 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+# What is said for want of memory, beside torch's own error: by a CPU's allocator, by the driver for what torch does not
+# allocate, by Triton where it loads a kernel at its first launch, by cuBLAS that finds no room for its handle.
+SAID = ("DefaultCPUAllocator", "CUDA error: out of memory", "Triton Error [CUDA]: out of memory")
+SAID += ("CUBLAS_STATUS_ALLOC_FAILED",)
 
 _stands_for = ["cpu"]
 
@@ -34,6 +39,13 @@ def pinned(tensor: Tensor, device: torch.device) -> Tensor:
     torch keeps freed pinned blocks and gives them out again once the copies that use them are done.
     """
     return tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an operator failed for want of memory, on a GPU or a CPU."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in SAID)
 
 
 @contextmanager

@@ -2,16 +2,20 @@
 
 Triton compiles where it runs: it needs a C compiler, a folder to write to, a card that it knows. Where one is missing,
 or a kernel does not give what it should, lite goes on with the plain twins and says so, once for a process and device.
-A trial waits for the device, so it is made where a run is planned or its model's norms are replaced, not in a step.
+A trial waits for the device, so it is made where a run is planned or its model is loaded (`lite.model.warm_up`), not in
+a step. Should it be made in one all the same, the step does not see it.
 """
 
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from lite.device import out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +44,7 @@ def verdict(device: torch.device, stands_for: str = "cuda") -> Verdict:
     """How the trial on `device` went; it is made now if it was not yet, and then waits for the device.
 
     Of meta, how it went on a device of the type that meta stands for; where none was tried, kernels are assumed.
+    Out of memory is raised, and is no verdict.
     """
     if (known := _made.get(device)) is not None:
         return known
@@ -64,11 +69,17 @@ def _tried(device: torch.device) -> Verdict:
 
 
 def _failure(attempt: Callable[[torch.device], None], device: torch.device) -> str | None:
-    """What went wrong, in a line. A compiler's failures are of any type."""
+    """What went wrong, in a line. A compiler's failures are of any type. Out of memory is raised: it may pass.
+
+    In a thread of its own, which has none of the caller's modes and hooks: else a checkpoint would count what the trial
+    saves for backward, and a meter what it makes.
+    """
     try:
-        with torch.inference_mode(False), torch.enable_grad(), torch.device(device):
-            attempt(device)
+        with ThreadPoolExecutor(max_workers=1) as apart:
+            apart.submit(attempt, device).result()
     except Exception as error:
+        if out_of_memory(error):
+            raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:300].rstrip(".")
     return None
@@ -92,9 +103,9 @@ def _norm(draw: Callable[..., Tensor], tolerance: float) -> None:
     x, grad, weight = draw(3, 72), draw(3, 72), draw(72)
     result, scale = operators.rms_norm(x, weight, EPSILON)
     found = [result, operators.rms_norm_again(x, weight, scale), operators.rms_norm_backward(grad, x, weight, scale)]
-    exact = x.float().requires_grad_()
-    value = weight.float() * exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + EPSILON)
-    expected = [value, value, *torch.autograd.grad(value, exact, grad.float())]
+    exact = _exact(x)
+    value = weight.float().cpu() * exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + EPSILON)
+    expected = [value, value, *_gradients(value, [exact], grad)]
     _require_alike("rms_norm", found, expected, tolerance)
 
 
@@ -103,9 +114,9 @@ def _gated(draw: Callable[..., Tensor], tolerance: float) -> None:
 
     for activation, act in (("silu", F.silu), ("gelu_tanh", lambda x: F.gelu(x, approximate="tanh"))):
         gate, up, grad = draw(3, 72), draw(3, 72), draw(3, 72)
-        exact = [one.float().requires_grad_() for one in (gate, up)]
+        exact = [_exact(gate), _exact(up)]
         value = act(exact[0]) * exact[1]
-        expected = [value, *torch.autograd.grad(value, exact, grad.float())]
+        expected = [value, *_gradients(value, exact, grad)]
         result = operators.gated(gate, up, activation)
         operators.gated_backward_(grad, gate, up, activation)
         _require_alike(f"gated by {activation}", [result, gate, up], expected, tolerance)
@@ -115,29 +126,30 @@ def _rotary(draw: Callable[..., Tensor], tolerance: float) -> None:
     from lite.kernels import operators
 
     x, grad, cos, sin = draw(1, 3, 5, 16), draw(1, 3, 5, 16), draw(1, 5, 16), draw(1, 5, 16)
-    exact = x.float().requires_grad_()
+    exact = _exact(x)
     one, two = exact.chunk(2, -1)
-    value = exact * cos.float() + torch.cat([-two, one], -1) * sin.float()
-    expected = [value, *torch.autograd.grad(value, exact, grad.float())]
+    value = exact * cos.float().cpu() + torch.cat([-two, one], -1) * sin.float().cpu()
+    expected = [value, *_gradients(value, [exact], grad)]
     found = [operators.rotate(x, cos, sin), operators.rotate(grad, cos, sin, backward=True)]
     _require_alike("rotate", found, expected, tolerance)
 
 
 def _updates(draw: Callable[..., Tensor], tolerance: float) -> None:
-    """Rounded by chance: each weight is a step off at most."""
+    """Rounded by chance: each weight is a step off at most. Sizes and seeds are such as a step's, compiled alike."""
     from lite.kernels import updates
 
-    weight, addend = draw(3, 72).to(torch.bfloat16), draw(3, 72)
+    drawn = {"seed": 2**62, "first": 2**36}
+    weight, addend = draw(3, 80).to(torch.bfloat16), draw(3, 80)
     expected = weight.float() * 0.5 + addend
-    updates.add_rounded_(weight, addend, 0.5, seed=1, first=0)
+    updates.add_rounded_(weight, addend, 0.5, **drawn)
     _require_alike("add_rounded_", [weight], [expected], tolerance)
-    codes, scale, addend = (draw(200) * 40 + 128).clamp(1, 255).to(torch.uint8), draw(2).abs(), draw(200)
+    codes, scale, addend = (draw(208) * 40 + 128).clamp(1, 255).to(torch.uint8), draw(2).abs(), draw(208)
 
     def value() -> Tensor:
-        return (codes.float() - 128) / 127 * scale.repeat_interleave(128)[:200]
+        return (codes.float() - 128) / 127 * scale.repeat_interleave(128)[:208]
 
     expected = value() * 0.5 + addend
-    updates.add_blocks_(codes, scale, addend, 0.5, seed=1, first=0)
+    updates.add_blocks_(codes, scale, addend, 0.5, **drawn)
     _require_alike("add_blocks_", [value()], [expected], tolerance)
 
 
@@ -158,8 +170,18 @@ def _four_bits(device: torch.device) -> None:
                 raise ArithmeticError(f"four_bits in {dtype}: not the bits of bitsandbytes")
 
 
+def _exact(x: Tensor) -> Tensor:
+    """On the CPU, whose autograd a thread runs by itself. A card's has one thread, which may be waiting for this."""
+    return x.float().cpu().requires_grad_()
+
+
+def _gradients(value: Tensor, inputs: list[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(value, inputs, grad.float().cpu())
+
+
 def _require_alike(name: str, found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
     for mine, exact in zip(found, expected, strict=True):
-        off = float(((mine.float() - exact).abs().amax() / exact.abs().amax()).detach())
+        exact = exact.detach().cpu()
+        off = float((mine.float().cpu() - exact).abs().amax() / exact.abs().amax())
         if not off <= tolerance:  # NaN too
             raise ArithmeticError(f"{name} in {mine.dtype} is {off:.2g} of the largest number off")

@@ -27,6 +27,7 @@ from lite.model import catalog, int8, nf4, whole
 from lite.model.eight_bits import EightBits
 from lite.model.layers import decoder_layers
 from lite.model.norms import replace_norms
+from lite.model.warm_up import warm_up
 from lite.model.weights import move_but_first, weight_bytes
 from lite.recipe import Recipe
 from lite.sizes import in_gib
@@ -39,14 +40,10 @@ def device(recipe: Recipe) -> torch.device:
     if recipe.device == "cpu" or (recipe.device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        built = f"torch {torch.__version__} is built for CUDA {torch.version.cuda}, but no GPU answers: see nvidia-smi"
+        built = f"for CUDA {torch.version.cuda}, but no GPU answers: see nvidia-smi"
         raise ModelError(
-            "device = 'cuda': "
-            + (
-                built
-                if torch.version.cuda
-                else f"torch {torch.__version__} is built without CUDA: install a CUDA build"
-            )
+            f"device = 'cuda': torch {torch.__version__} is built "
+            + (built if torch.version.cuda else "without CUDA: install a CUDA build")
             + ". Or train on the CPU with --device cpu."
         )
     return torch.device("cuda", torch.cuda.current_device())
@@ -149,6 +146,7 @@ def load_model(recipe: Recipe, *, host_layers: int = 0) -> PreTrainedModel:
             move_but_first(model, target, host_layers)
     replace_norms(model)
     steady(model)
+    warm_up(model, target, dtype)
     kind = "int8" if recipe.int8_weights else _kind(model, dtype)
     log.info("loaded %s in %s: %s", recipe.model, kind, in_gib(weight_bytes(model)))
     return model

@@ -46,7 +46,7 @@ def replace_mlps(model: nn.Module) -> int:
 
     To be called after adapters were attached. Left alone are those whose code or activation is not known.
     """
-    found = [module for module in model.modules() if is_gated(module) and _activation(module) is not None]
+    found = [module for module in model.modules() if is_gated(module) and activation_of(module) is not None]
     for module in found:
         module.forward = MethodType(forward, module)
     return len(found)
@@ -73,7 +73,7 @@ def forward(mlp: nn.Module, x: Tensor) -> Tensor:
     that feeds a Matrix.
     """
     gate, up = _halves(mlp, x)
-    activation, matrix = _activation(mlp), matrix_of(mlp.down_proj)
+    activation, matrix = activation_of(mlp), matrix_of(mlp.down_proj)
     fed = matrix is not None and mlp.down_proj.bias is None
     parts = None if fed else _parts(mlp.down_proj, gate)
     if (parts is None and not fed) or gate.dtype != up.dtype:
@@ -186,7 +186,8 @@ def _parts(layer: nn.Module, x: Tensor) -> Adapted | None:
     return None if layer._forward_pre_hooks or layer._forward_hooks else adapted(layer, x)
 
 
-def _activation(mlp: nn.Module) -> Activation | None:
+def activation_of(mlp: nn.Module) -> Activation | None:
+    """The activation of a gated MLP, if it is known."""
     function = mlp.activation_fn if hasattr(mlp, "gate_up_proj") else mlp.act_fn
     if type(function) in (SiLUActivation, nn.SiLU):
         return SILU

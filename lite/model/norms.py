@@ -41,15 +41,19 @@ def replace_norms(model: nn.Module) -> int:
     """Let every RMSNorm of `model` compute as `rms_norm` below, be it trained, now or later, or not; returns how many.
 
     Only where the plain twin gives the module's own result, bit for bit, on a trial: other norms that go by the name
-    scale by 1 + weight, or round elsewhere, and are left alone. Kernels are tried here, as it is no step yet.
+    scale by 1 + weight, or round elsewhere, and are left alone.
     """
     replaced = 0
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon") and _same(module):
-            operators.at_hand(module.weight)
             module.forward = MethodType(_forward, module)
             replaced += 1
     return replaced
+
+
+def is_replaced(module: nn.Module) -> bool:
+    """Whether `replace_norms` has replaced it."""
+    return getattr(module.forward, "__func__", None) is _forward
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

@@ -28,7 +28,7 @@ def replace_rotary(model: nn.Module) -> int:
     """
     replaced = 0
     for module in model.modules():
-        own = _turn_of(type(module).forward)
+        own = turn_of(type(module).forward)
         copied = None if own is None else _copied(type(module).forward, functools.partial(turned, own))
         if copied is not None:
             module.forward = MethodType(copied, module)
@@ -66,7 +66,7 @@ def _fit(x: Tensor, cos: Tensor) -> bool:
     return x.ndim == 4 and x.dtype == cos.dtype and cos.shape[1:] == (x.shape[2], x.shape[3]) and x.shape[3] % 2 == 0
 
 
-def _turn_of(forward: Callable) -> Callable | None:
+def turn_of(forward: Callable) -> Callable | None:
     """The rotary function that this forward calls, if it is Llama's."""
     while hasattr(forward, "__wrapped__"):
         forward = forward.__wrapped__

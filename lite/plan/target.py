@@ -6,6 +6,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from lite.device import out_of_memory
 from lite.errors import RecipeError
 from lite.kernels import trial
 from lite.model import load
@@ -77,9 +78,18 @@ def at_hand(recipe: Recipe) -> Target:
     taken = max(0, total - free - cards.CONTEXT_BYTES)
     budget = min(card.usable_bytes, replace(card, memory_bytes=total - taken).usable_bytes)
     said = [f"{in_gib(taken)} of the card are taken by other programs"] if taken > 0.5 * GIB else []
-    if not trial.verdict(device).kernels:  # known before the plan, so that it goes the way of the run
+    if not _runs_kernels(device):  # known before the plan, so that it goes the way of the run
         said.append("lite's kernels do not run here")
     return Target("cuda", card, budget, memory, host, dtype, True, tuple(said))
+
+
+def _runs_kernels(device: torch.device) -> bool:
+    try:
+        return trial.verdict(device).kernels
+    except RuntimeError as error:  # a card that is full at the moment
+        if not out_of_memory(error):
+            raise
+    return True
 
 
 def _named(recipe: Recipe, name: str | None) -> Target:

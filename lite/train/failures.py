@@ -4,16 +4,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
 from lite.data.packs import Batch
+from lite.device import out_of_memory
 from lite.errors import SHOWN_PROBLEMS, RunError
 from lite.recipe import Recipe
 from lite.train.progress import Progress
-
-# What allocators say, beside torch's own error for them: a CPU's, the driver's for what torch does not allocate, and
-# cuBLAS's when it finds no room for its handle.
-SAID = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def lower(recipe: Recipe) -> str:
@@ -52,13 +47,6 @@ def not_finite(what: str, value: float, step: int, batch: Batch, kept: Sequence[
         f"Last checkpoint: {kept[-1] if kept else 'none yet'}. Look at these rows; if they are sound, start again "
         "with a lower --learning-rate, a longer --warmup-ratio, or --dtype float32."
     )
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an operator failed for want of memory, on a GPU or a CPU."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in SAID)
 
 
 def too_large(what: str, largest: int, error: Exception, advice: str) -> RunError:

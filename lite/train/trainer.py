@@ -156,6 +156,7 @@ class Trainer(transformers.Trainer):
         # All that the device has to do until then is queued, so that this costs no time of its own.
         if not (self.refresh and self.refresh.is_due(ahead)):
             self.batches.prepare(ahead, self.args.device)
+        norm = norm.to(self.found["loss"].device)  # of no gradients at all it is a zero on the CPU
         # The step's one copy from the device; in float64 each number is itself.
         *numbers, norm = torch.stack([v.double() for v in (*self.found.values(), norm)]).tolist()
         values, tokens = dict(zip(self.found, numbers, strict=True)), self.current.tokens

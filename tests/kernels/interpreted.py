@@ -8,6 +8,8 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from lite.kernels import nf4, operators, trial
 from lite.kernels import rms_norm as kernels
@@ -183,6 +185,7 @@ def test_four_bits(shape: tuple[int, int], nested: bool, blocksize: int, dtype: 
     weight = torch.randn(shape).mul_(0.02).to(dtype)
     packed, state = quantize_4bit(weight, blocksize=blocksize, quant_type="nf4", compress_statistics=nested)
     expected = dequantize_4bit(packed, state)
+    assert operators.four_bits_at_hand(packed)  # the trial's calls are not counted
     calls = []
     with pytest.MonkeyPatch.context() as patch:
         launch = nf4.four_bits
@@ -210,6 +213,46 @@ def test_the_trial_passes(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.
     monkeypatch.setattr(trial, "_made", {})
     assert trial.verdict(torch.device("cpu")) == trial.ASSUMED
     assert not caplog.messages
+
+
+def test_a_step_does_not_see_the_trial(monkeypatch: pytest.MonkeyPatch):
+    """Made in a checkpointed layer, and again in its recomputation; a mode sees the layer's own operators alone."""
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            names.append(op.name())
+            return op(*args, **(kwargs or {}))
+
+    def layer(x: Tensor) -> Tensor:
+        trial._made.clear()
+        return rms_norm(x, weight, twins.EPSILON)
+
+    monkeypatch.setattr(trial, "_made", {})
+    x, weight, grad, names = torch.randn(4, 64).requires_grad_(), torch.randn(64), torch.randn(4, 64), []
+    with Seen():
+        result = checkpoint(layer, x, use_reentrant=False)
+        result.backward(grad)
+    assert trial.verdict(x.device) == trial.ASSUMED
+    torch.testing.assert_close([result.detach(), x.grad], twins.gradients(twins.norm, (x, weight), grad)[:2])
+    ours = [name for name in names if name.startswith("lite::")]
+    assert ours == ["lite::rms_norm", "lite::rms_norm", "lite::rms_norm_backward"]
+
+
+def test_a_card_that_is_full_for_a_moment_is_no_verdict(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(trial, "_made", {})
+    for error in (torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("Triton Error [CUDA]: out of memory")):
+
+        def full(*args: object, error: Exception = error, **kwargs: object) -> None:
+            raise error
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernels, "backward", full)
+            with pytest.raises(type(error), match="out of memory"):
+                operators.at_hand(torch.empty(1))
+    assert not caplog.messages
+    assert operators.at_hand(torch.empty(1))
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,8 @@ def test_what_is_out_of_memory() -> None:
         torch.empty(2**55, dtype=torch.uint8)
     assert failures.out_of_memory(caught.value)
     assert failures.out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
+    assert failures.out_of_memory(RuntimeError("Triton Error [CUDA]: out of memory"))  # a kernel's first launch
+    assert not failures.out_of_memory(RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"))
     assert not failures.out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not failures.out_of_memory(ValueError("DefaultCPUAllocator"))
 

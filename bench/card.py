@@ -16,7 +16,7 @@ each after `python3 -m pip install -q --no-index --no-deps --target /tmp/site .w
 
     python3 -u bench/card.py --minutes 8 --commit COMMIT --out $OUT/card.json --table $OUT/card.md
     python3 -u bench/card.py --galore --minutes 3 --commit COMMIT --out $OUT/galore.json;
-    python3 -m pytest -m gpu $(grep -rl mark.gpu tests)
+    timeout 300 python3 -m pytest -m gpu $(grep -rl mark.gpu tests)
 """
 
 import argparse

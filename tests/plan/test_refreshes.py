@@ -81,8 +81,8 @@ def test_few_layers_tell_of_all(shaped, settings: dict) -> None:
     for phase in ("forward", "head", "backward"):
         assert law.of(5).peaks[phase](0, 5) == pytest.approx(outcome.peaks[phase], rel=2e-4)
     assert law.peak_bytes(0, 5) == pytest.approx(outcome.peak_bytes, rel=2e-4)
-    # Of an ordinary step, for most are; one in which subspaces are looked for takes a ninth more here.
-    assert 0.85 * outcome.cost.step_seconds() < law.seconds(0, 5) < outcome.cost.step_seconds()
+    # Of an ordinary step, for most are; one in which subspaces are looked for takes an eighth more here.
+    assert 0.88 * outcome.cost.step_seconds() < law.seconds(0, 5) < outcome.cost.step_seconds()
 
 
 def test_weights_that_are_trained_are_weights(shaped) -> None:

@@ -392,7 +392,7 @@ def test_the_keys_of_today() -> None:
         completion_key([1, 2], [3]).hex()
         == xxhash.xxh3_128(b"\x02\0\0\0\x01\0\0\0\x01\0\0\0\x02\0\0\0\x03\0\0\0").hexdigest()
     )
-    parts = b'["w", "nf4", "bfloat16", null, 2]'
+    parts = b'["w", "nf4", "bfloat16", null, 1]'
     assert Identity("w", "nf4", "bfloat16").key.hex() == xxhash.xxh3_128(parts).hexdigest()
 
 

@@ -10,7 +10,7 @@ from lite.train import Run, checkpoints, resume, train
 
 GPU = pytest.mark.gpu
 CASES = [
-    pytest.param("cpu", "float32", {}, id="cpu"),
+    pytest.param("cpu", "float32", {}, id="cpu", marks=pytest.mark.nightly),  # tries the test itself
     pytest.param("cuda", "bfloat16", {"optimizer": "adamw-8bit"}, marks=GPU, id="8-bit states"),
     pytest.param("cuda", "bfloat16", {"recompute_layers": 2, "offload_checkpoints": True}, marks=GPU, id="offloaded"),
 ]

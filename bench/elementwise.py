@@ -7,7 +7,8 @@ On CUDA the shapes are those of Qwen 14B; between two runs the card's cache is o
 own, between two events. What a call takes of the host, which starts it and does not wait, is told apart. On a CPU there
 are no kernels: small shapes, plain and compiled, show that the program runs. Bytes are what must be read and written
 once, the same for all contenders. Contenders run in turn; figures are medians over rounds. What is left out, because
-Liger or a compiler is missing, is not in the file; of what fails, the error is. Most of the minutes that it takes are the compiler's.
+Liger or a compiler is missing, is not in the file; of what fails, the error is. Most of the
+minutes that it takes are the compiler's.
 """
 
 import argparse

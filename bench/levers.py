@@ -7,7 +7,8 @@ recomputed: bytes that do not depend on the pack, bytes a token, the longest pac
 must be there: NF4 weights, embeddings in bf16, fp32 adapters with gradients and states, a layer's input for each token
 and layer, and one layer's activations. The plan counts what the code allocates at its worst moment.
 Then each lever by itself, of the first model: a step of one pair in one pack with every layer recomputed, and the same
-with one lever changed; of the whole model's dry run, bytes on the card and on the host, and predicted seconds. All of it takes minutes.
+with one lever changed; of the whole model's dry run, bytes on the card and on the host, and predicted seconds.
+All of it takes minutes.
 """
 
 import argparse

@@ -45,7 +45,7 @@ CONFIGURATIONS = {
     "offload": {**ALL, "offload_checkpoints": True},
     "embedding on host": {**ALL, "embedding_on_host": True},
 }
-ON_CPU = ("recompute half", "small chunk", "split pairs")
+ON_CPU = ["recompute half", pytest.param("split pairs", marks=pytest.mark.nightly)]
 
 
 @pytest.fixture(autouse=True)

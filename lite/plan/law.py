@@ -4,6 +4,8 @@ With r recomputed and p kept layers each phase's peak is c + r·a + p·b, exactl
 of the step (equal to the byte for 13 of 13 mixed policies at 2,048 tokens and more); so are seconds and host bytes.
 Where a layer is kept, forward and backward are at their worst in the last of these; where none is, in a recomputed one:
 so p = 0 has a c of its own. A recomputed layer adds the same in both.
+Where recomputed layers keep weights for backward, these may be at their worst although some layers are kept, until so
+many are that the last of them is: the peak is then the larger of two such sums, this law's and the one's without.
 In the tokens of a pack all is nearly affine, which is enough to search by; what was chosen is run itself.
 """
 
@@ -80,6 +82,7 @@ class Law:
     tokens: int
     kept: Regime | None  # where at least one layer is kept
     alone: Regime | None  # where every layer is recomputed
+    at_least: "Law | None" = None  # whose peaks no phase's is below
 
     def of(self, p: int) -> Regime:
         """The regime of so many kept layers."""
@@ -87,9 +90,15 @@ class Law:
         assert found is not None, f"the law was not asked about {p} kept layers"
         return found
 
+    def peaks(self, r: int, p: int) -> dict[str, float]:
+        """Bytes on the device at each phase's worst moment."""
+        own = {phase: peak(r, p) for phase, peak in self.of(p).peaks.items()}
+        other = self.at_least.peaks(r, p) if self.at_least else own
+        return {phase: max(peak, other[phase]) for phase, peak in own.items()}
+
     def peak_bytes(self, r: int, p: int) -> float:
         """Bytes on the device at the worst moment."""
-        return max(peak(r, p) for peak in self.of(p).peaks.values())
+        return max(self.peaks(r, p).values())
 
     def seconds(self, r: int, p: int) -> float:
         """Of the step."""
@@ -107,26 +116,27 @@ class Law:
 
     def parts_bytes(self, r: int, p: int) -> dict[str, float]:
         """What the worst moment's bytes are; what the law does not tell apart is counted as activations."""
+        if self.at_least and self.at_least.peak_bytes(r, p) == self.peak_bytes(r, p):
+            return self.at_least.parts_bytes(r, p)
         found = {name: part(r, p) for name, part in self.of(p).parts.items()}
         found["activations"] = found.get("activations", 0.0) + self.peak_bytes(r, p) - sum(found.values())
         return {name: size for name, size in found.items() if size >= 1}
 
     def holding(self, size_bytes: float, part: str) -> "Law":
         """The same with so many bytes more on the device all the while, as `part`."""
-        kept, alone = (one and one.holding(size_bytes, part) for one in (self.kept, self.alone))
-        return replace(self, kept=kept, alone=alone)
+        found = (one and one.holding(size_bytes, part) for one in (self.kept, self.alone, self.at_least))
+        return Law(self.tokens, *found)
 
     def heavier(self, size_bytes: float) -> "Law":
         """The same with so many bytes of weights on the device that were the host's."""
-        kept, alone = (one and one.heavier(size_bytes) for one in (self.kept, self.alone))
-        return replace(self, kept=kept, alone=alone)
+        return Law(self.tokens, *(one and one.heavier(size_bytes) for one in (self.kept, self.alone, self.at_least)))
 
 
 def law(run: Run, tokens: int, *, least: int = 1, kept: bool = True, recomputed: bool = True) -> Law:
     """The law of a pack of so many tokens.
 
-    least: recomputed layers from which on it holds, 3 where two inputs of layers are in flight. kept, recomputed:
-    whether layers of that kind are asked about.
+    least: recomputed layers from which on it holds, 3 where two inputs of layers are in flight; 2 where the first one,
+    whose input has no gradient, keeps fewer weights. kept, recomputed: whether layers of that kind are asked about.
     """
     if not recomputed:
         one, two = run(0, 1), run(0, 2)
@@ -146,7 +156,9 @@ def between(one: Law, other: Law, tokens: int) -> Law:
         return one
     share = (tokens - one.tokens) / (other.tokens - one.tokens)
     kept = one.kept.mixed(other.kept, share) if one.kept and other.kept else None
-    return Law(tokens, kept, one.alone.mixed(other.alone, share) if one.alone and other.alone else None)
+    alone = one.alone.mixed(other.alone, share) if one.alone and other.alone else None
+    at_least = between(one.at_least, other.at_least, tokens) if one.at_least and other.at_least else None
+    return Law(tokens, kept, alone, at_least)
 
 
 Pair = tuple[Outcome, Outcome]

@@ -190,6 +190,8 @@ def _confirmed(
         counts = chosen.recomputed, chosen.kept
         parts, host = chosen.law.parts_bytes(*counts), chosen.law.host_bytes(*counts)
         return chosen, chosen.peak_bytes, parts, host, chosen.step_seconds
+    if chosen.plain and trials.outcome(chosen.settings, chosen.tokens).peak_bytes > trials.target.budget_bytes:
+        return _confirmed(trials, chosen.plain, quick=False)
     for _ in range(CONFIRMATIONS):
         outcome = trials.outcome(chosen.settings, chosen.tokens)
         over = outcome.peak_bytes > trials.target.budget_bytes

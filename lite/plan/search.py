@@ -56,6 +56,7 @@ class Chosen:
     fits: bool
     tried: tuple[Tried, ...]
     longest_pair_tokens: int
+    plain: "Chosen | None" = None  # without the kept weights that this adds to it for speed
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,13 @@ class Candidate:
 def search(trials: Trials, *, longest: bool = True) -> Chosen:
     """The fastest settings that fit; the least hungry ones, with `fits` false, if none do. longest: as in `plan`."""
     best, tried = _spacious(trials) or _climbed(trials)
-    return _finish(trials, best, tried, longest=longest)
+    plain = _finish(trials, best, tried, longest=longest)
+    keeping = _keeping_weights(trials, best) if plain.fits else best
+    if keeping is best:
+        return plain
+    # A longer example would be planned without: what fits is the same.
+    found = _finish(trials, keeping, tried, longest=False)
+    return replace(found, longest_pair_tokens=plain.longest_pair_tokens, plain=plain)
 
 
 def least_bytes(trials: Trials) -> int:
@@ -122,7 +129,7 @@ def _climbed(trials: Trials) -> tuple[Candidate, list[Tried]]:
         best = min(best, other, key=lambda one: one.step_seconds(trials))
     if len(tried) > 2:
         best = _relaxed(trials, best, ladder[len(tried) - 1][1])
-    return _keeping_weights(trials, best), tried
+    return best, tried
 
 
 def _spacious(trials: Trials) -> tuple[Candidate, list[Tried]] | None:

@@ -77,11 +77,15 @@ class Trials:
                 levers = replace(settings.levers, recompute_layers=r, layers_on_host=r if streamed else 0)
                 return self.outcome(replace(settings, levers=levers), tokens, layers=r + p)
 
-            least = 3 if in_flight else 2 if streamed else 1
+            keeps = settings.levers.keep_weights
+            least = 3 if in_flight else 2 if streamed or keeps else 1
             found = law(run, tokens, least=least, kept=kept, recomputed=recomputed)
-            self._laws[key] = (
-                found.holding(self.refreshes_bytes(), "gradients") if self.recipe.optimizer == "galore" else found
-            )
+            if self.recipe.optimizer == "galore":
+                found = found.holding(self.refreshes_bytes(), "gradients")
+            if keeps and kept and recomputed:
+                plain = replace(settings, levers=replace(settings.levers, keep_weights=False))
+                found = replace(found, at_least=self.law(plain, tokens))
+            self._laws[key] = found
         return self._laws[key]
 
     def outcome(self, settings: Settings, tokens: int, *, layers: int | None = None) -> Outcome:

@@ -17,7 +17,7 @@ from lite.plan.longest import reaches
 from lite.plan.plan import Plan, _confirmed, plan
 from lite.plan.search import search
 from lite.plan.target import target
-from lite.plan.trials import Settings
+from lite.plan.trials import Settings, Trials
 from lite.recipe import Recipe, planned_settings
 from lite.sizes import GIB
 from tests.plan.conftest import trials_of, where_of, wide_recipe
@@ -76,6 +76,32 @@ def test_where_the_whole_model_takes_more_than_the_law_says(shaped) -> None:
     trials.target = where_of(every.peak_bytes + 1)
     after, peak, *_ = _confirmed(trials, chosen, quick=False)
     assert (after.settings.levers.recompute_layers, peak) == (5, every.peak_bytes)
+
+
+def short(shaped, **settings: object) -> Trials:
+    """Of eight layers and packs of 192 tokens, where a layer's weights in bf16 take more than what it keeps."""
+    row = Row(64, (64, 64))
+    fixed = {**REST, **AT_REST, "chunk_tokens": 64, "tokens_per_pack": 192, **settings}
+    return trials_of(wide_recipe(shaped(8), **fixed), GIB, Lengths(row, None, 192, 384, row))
+
+
+def test_weights_are_kept_only_where_there_is_room(shaped) -> None:
+    """Left open, a plan fits wherever it fits without them, and is no slower; what does not fit after all lets go."""
+    left_open, without, keeping = short(shaped, keep_weights=None), short(shaped), {}
+    for room in (264, 266, 268):
+        left_open.target = without.target = where_of(room * MIB)
+        chosen = search(left_open, longest=False)
+        after, peak, *_, seconds = _confirmed(left_open, chosen, quick=False)
+        plain, plain_peak, *_, plain_seconds = _confirmed(without, search(without, longest=False), quick=False)
+        assert max(peak, plain_peak) <= room * MIB
+        assert after.fits
+        assert plain.fits
+        assert seconds <= plain_seconds
+        keeping[room] = after.settings.levers.keep_weights
+    assert keeping == {264: False, 266: False, 268: True}
+    left_open.target = where_of(plain_peak)
+    after, peak, *_ = _confirmed(left_open, chosen, quick=False)
+    assert (after.settings, peak) == (plain.settings, plain_peak)
 
 
 def test_a_recipe_of_the_plan_makes_the_same_plan(shaped) -> None:

@@ -146,7 +146,7 @@ def rows_of(folder: Path) -> list[tuple]:
         connection.close()
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.nightly)])
 def test_killed_again_and_again_it_leaves_the_same_bytes(kills: int, tmp_path: Path) -> None:
     """kill −9 after a random number of packs; then finished: bitwise the rows of an uninterrupted fill.
 

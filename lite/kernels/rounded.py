@@ -9,8 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lite.kernels.updates import BLOCK
+
 WEIGHTS = 2048  # to a program
-IN_BLOCK = tl.constexpr(128)  # weights that share a scale: lite.optim.blocks
+IN_BLOCK = tl.constexpr(BLOCK)
 ZERO = tl.constexpr(128.0)
 LIMIT = tl.constexpr(127.0)
 SMALLEST = tl.constexpr(1e-36)

@@ -6,6 +6,8 @@ Who calls them asks `operators.at_hand(addend)` first; the plain twins are lite.
 import torch
 from torch import Tensor
 
+BLOCK = 128  # weights in eight bits to a scale
+
 _library = torch.library.Library("lite", "FRAGMENT")
 # What is overwritten is returned as well: so it counts as read and as written.
 _library.define(
@@ -34,7 +36,7 @@ def add_blocks_(codes: Tensor, scale: Tensor, addend: Tensor, decay: float, *, s
     A block with a NaN gets it for a scale.
     """
     assert codes.dtype == torch.uint8, f"codes in {codes.dtype}"
-    assert scale.numel() == -(-codes.numel() // 128), f"{scale.numel()} scales of {codes.numel()} codes"
+    assert scale.numel() == -(-codes.numel() // BLOCK), f"{scale.numel()} scales of {codes.numel()} codes"
     assert scale.is_contiguous(), f"scales' strides {scale.stride()}"
     _require(codes, addend)
     torch.ops.lite.add_blocks_.default(codes, scale, addend, decay, seed, first)

@@ -60,6 +60,11 @@ def checkpoint_layers(
     return recomputed
 
 
+def dequantises(model: nn.Module) -> bool:
+    """Whether a product of the decoder layers dequantises a frozen weight."""
+    return any(quantised_linears(layer) for layer in decoder_layers(model).values())
+
+
 def quantised_linears(layer: nn.Module) -> list[nn.Linear]:
     """The linears of a layer whose weights are frozen and dequantised for each product."""
     return [module for module in layer.modules() if isinstance(module, Linear4bit | Linear8bitLt)]

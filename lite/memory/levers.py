@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lite.errors import ModelError
-from lite.memory.checkpoint import checkpoint_layers, quantised_linears
+from lite.memory.checkpoint import checkpoint_layers, dequantises
 from lite.memory.embedding import host_embedding
 from lite.memory.stream import stream_layers
 from lite.memory.tiles import tile_mlps
@@ -61,7 +61,7 @@ def pull(model: nn.Module, levers: Levers) -> None:
 
 def recompute(model: nn.Module, levers: Levers) -> None:
     """Pull those levers of recomputed layers that can be set anew on the same model; errors as of `pull`."""
-    if levers.keep_weights and not any(quantised_linears(layer) for layer in decoder_layers(model).values()):
+    if levers.keep_weights and not dequantises(model):
         raise ModelError("keep_weights: no layer of this model is quantised, so nothing is dequantised. Leave it out.")
     checkpoint_layers(
         model,

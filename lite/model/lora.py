@@ -98,6 +98,11 @@ def forward(layer: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return result
 
 
+def go_together(parts: Sequence[Adapted | None]) -> bool:
+    """Whether `products` computes layers that `adapted` says this of: it knows all, and one has an adapter."""
+    return all(part is not None for part in parts) and any(part.a is not None for part in parts)
+
+
 def products(x: Tensor, parts: Sequence[Adapted]) -> tuple[Tensor, ...]:
     """base(x) + scale · (x Aᵀ) Bᵀ of layers with one input, each in x's dtype; one of them has an adapter, or more.
 

@@ -20,7 +20,7 @@ from transformers.models.phi3.modeling_phi3 import Phi3MLP
 from lite.kernels import operators
 from lite.model.code import same_code
 from lite.model.frozen import weight_of
-from lite.model.lora import Adapted, adapted, adapted_product, cast, products
+from lite.model.lora import Adapted, adapted, adapted_product, cast, go_together, products
 from lite.model.matrices import matrix_of
 from lite.optim.matrix import Matrix
 
@@ -176,9 +176,7 @@ def _halves(mlp: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     if hasattr(mlp, "gate_up_proj"):
         return mlp.gate_up_proj(x).chunk(2, dim=-1)
     parts = [_parts(layer, x) for layer in (mlp.gate_proj, mlp.up_proj)]
-    if any(part is None for part in parts) or all(part.a is None for part in parts):
-        return mlp.gate_proj(x), mlp.up_proj(x)
-    return products(x, parts)
+    return products(x, parts) if go_together(parts) else (mlp.gate_proj(x), mlp.up_proj(x))
 
 
 def _parts(layer: nn.Module, x: Tensor) -> Adapted | None:

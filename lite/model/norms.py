@@ -33,7 +33,7 @@ class Normed(NamedTuple):
             return operators.rms_norm_again(rows, weight, self.scale).view(self.x.shape)
         result = torch.empty_like(rows, memory_format=torch.contiguous_format)
         for part in _parts(len(rows)):
-            torch.mul(weight, (rows[part].to(torch.float32) * self.scale[part]).to(rows.dtype), out=result[part])
+            _scaled_into(result[part], rows[part].to(torch.float32), self.scale[part], weight)
         return result.view(self.x.shape)
 
 
@@ -107,9 +107,13 @@ def _plain(rows: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor
     for part in _parts(len(rows)):
         precise = rows[part].to(torch.float32)
         scale[part] = torch.rsqrt(precise.square().mean(-1, keepdim=True) + epsilon)
-        torch.mul(weight, (precise * scale[part]).to(rows.dtype), out=result[part])
+        _scaled_into(result[part], precise, scale[part], weight)
         del precise  # else it lives beside the next part's
     return result.data, scale  # with a version of its own: to fill a result is not to write to it
+
+
+def _scaled_into(result: Tensor, precise: Tensor, scale: Tensor, weight: Tensor) -> None:
+    torch.mul(weight, (precise * scale).to(result.dtype), out=result)
 
 
 def _plain_backward(

@@ -13,7 +13,7 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from lite.model.lora import adapted, products
+from lite.model.lora import adapted, go_together, products
 from lite.model.matrices import matrix_of
 
 NAMES = ("q_proj", "k_proj", "v_proj")
@@ -58,7 +58,7 @@ class Group:
         self.together = self._left < 2
         self._forget()
         parts = [adapted(layer, x) for layer in self.layers] if self.together else [None]
-        if any(part is None for part in parts) or all(part.a is None for part in parts):
+        if not go_together(parts):
             return None
         first, *others = products(x, parts)
         # The tensor itself, so that no other can have its id.

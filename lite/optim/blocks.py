@@ -11,9 +11,9 @@ import bitsandbytes  # noqa: F401, its operators
 import torch
 from torch import Tensor
 
+from lite.kernels.updates import BLOCK
 from lite.optim.rounding import Drawn, to_integer_
 
-BLOCK = 128  # weights to a scale
 ZERO, LIMIT = 128, 127  # the code of 0; codes lie in ZERO ± LIMIT
 SMALLEST = 1e-36  # of scales
 

@@ -3,10 +3,13 @@
 import math
 from dataclasses import replace
 
+from lite.misfits import OF_RECOMPUTED
 from lite.plan.ladder import movable
 from lite.plan.law import Law, between
 from lite.plan.trials import Settings, Trials
 
+# Levers that some layer must be recomputed for; of layers on the host there is a number of its own.
+OF_SOME_RECOMPUTED = tuple(lever for lever in OF_RECOMPUTED if lever != "layers_on_host")
 FAR = 4  # times as many tokens: the other end of the line on which packs of other lengths lie
 
 
@@ -57,8 +60,7 @@ def least_recomputed(trials: Trials, settings: Settings, law: Law) -> int | None
     most, _ = most_recomputed(trials)
     fixed = trials.recipe.recompute_layers is not None or law.kept is None
     # What the recipe asks of recomputed layers needs one to be asked of.
-    recipe = trials.recipe
-    start = 1 if recipe.offload_checkpoints or recipe.keep_attention or recipe.keep_weights else 0
+    start = int(any(getattr(trials.recipe, lever) for lever in OF_SOME_RECOMPUTED))
     for count in (most,) if fixed else range(start, most + 1):
         on_device = law.peak_bytes(count, trials.layers - count) <= trials.target.budget_bytes
         if on_device and host_bytes(trials, settings, law, count) <= trials.target.host_budget_bytes:

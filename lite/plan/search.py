@@ -10,8 +10,10 @@ from dataclasses import dataclass, replace
 
 from lite.attention.branch_attention import can_keep
 from lite.engine.forward import CHUNK_TOKENS
+from lite.misfits import OF_RECOMPUTED
 from lite.plan.fit import (
     FAR,
+    OF_SOME_RECOMPUTED,
     fewest_on_host,
     law_of,
     layer_bytes,
@@ -136,8 +138,7 @@ def _spacious(trials: Trials) -> tuple[Candidate, list[Tried]] | None:
     """Where even the longest pack fits with no layer recomputed, there is nothing to search: two runs tell."""
     _, start = next(rungs(trials))
     levers = start.levers
-    of_recomputed = levers.layers_on_host or levers.offload_checkpoints or levers.keep_attention or levers.keep_weights
-    if trials.recipe.recompute_layers or of_recomputed:
+    if trials.recipe.recompute_layers or any(getattr(levers, lever) for lever in OF_RECOMPUTED):
         return None
     least = least_tokens(trials, start)
     tokens = trials.recipe.tokens_per_pack and least
@@ -256,7 +257,7 @@ def _finish(trials: Trials, best: Candidate, tried: list[Tried], *, longest: boo
             law = law.heavier((count - levers.layers_on_host) * layer_bytes(trials))
     peak = law.peak_bytes(count, trials.layers - count)
     if count == 0:
-        levers = replace(levers, offload_checkpoints=False, keep_attention=False, keep_weights=False)
+        levers = replace(levers, **dict.fromkeys(OF_SOME_RECOMPUTED, False))
     split = start.split_pairs and trials.rows.longest.tokens > tokens
     settings = Settings(
         trials.recipe.tokens_per_pack or max(tokens, 8),

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 from lite.device import meta_stands_for
 from lite.engine.layout import layout_of, path_of
 from lite.engine.optimizer import subspaces
-from lite.memory.checkpoint import quantised_linears
+from lite.memory.checkpoint import dequantises
 from lite.memory.levers import Levers, pull, recompute
 from lite.memory.meter import frozen_tensors
 from lite.model import matrices
@@ -127,8 +127,7 @@ class Trials:
     def quantised(self) -> bool:
         """Whether products of the layers dequantise a frozen weight."""
         with meta_stands_for(self.target.device_type):
-            layers = decoder_layers(self._skeleton(Levers(), 2))
-        return any(quantised_linears(layer) for layer in layers.values())
+            return dequantises(self._skeleton(Levers(), 2))
 
     def refreshes_bytes(self) -> int:
         """What GaLore's refreshes add in the heaviest step of a run; of the whole model, from the shapes of a layer."""

@@ -1,10 +1,5 @@
 """The operators: in Triton's interpreter (interpreted.py), on meta as a plan counts them, and on a card."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
@@ -17,20 +12,14 @@ from lite.plan.cards import Card
 from lite.plan.cost import Cost
 from lite.plan.dry_run import Account
 from lite.sizes import GIB
-from tests.kernels import twins
+from tests.kernels import apart, twins
 
 CARD = Card("by hand", GIB, operations=1000.0, bandwidth=100.0, pcie=10.0, efficiency=0.5, launch_s=0.25)
 T, D, HEADS, WIDTH = 6, 40, 3, 8
 
 
 def test_in_tritons_interpreter():
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    outcome = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(Path(__file__).with_name("interpreted.py"))],
-        capture_output=True, text=True, check=False, env={**environment, "TRITON_INTERPRET": "1"},
-    )  # fmt: skip
-    assert outcome.returncode == 0, outcome.stdout[-4000:] + outcome.stderr[-2000:]
-    assert "skipped" not in outcome.stdout
+    apart.run("interpreted.py", TRITON_INTERPRET="1")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])

@@ -1,8 +1,5 @@
 """A weight's update in one pass: in Triton's interpreter and on a card (updated.py), on meta, compiled; its draws."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,27 +12,17 @@ from lite.kernels import updates
 from lite.optim import blocks
 from lite.optim.draws import key
 from lite.optim.matrix import Matrix
+from tests.kernels import apart
 from tests.kernels.test_compiled import CAPABILITIES, spilled_bytes, triton
 
 
-def run(**environment: str) -> None:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "TRITON_"))}
-    file = Path(__file__).with_name("updated.py")
-    outcome = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(file)],
-        capture_output=True, text=True, check=False, env={**kept, **environment},
-    )  # fmt: skip
-    assert outcome.returncode == 0, outcome.stdout[-4000:] + outcome.stderr[-2000:]
-    assert "skipped" not in outcome.stdout
-
-
 def test_in_tritons_interpreter():
-    run(TRITON_INTERPRET="1")
+    apart.run("updated.py", TRITON_INTERPRET="1")
 
 
 @pytest.mark.gpu
 def test_on_a_card():
-    run()
+    apart.run("updated.py")
 
 
 @pytest.mark.parametrize("bits", [8, 16])
